@@ -1,0 +1,23 @@
+"""Shared by all tests: offline hubs, shape checks on, one DDS domain per test worker."""
+
+import os
+import signal
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Two workers of one run never share a domain; runs side by side on one machine rarely do. Domains
+# above 101 would need ports that the kernel also hands out to others.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+os.environ["ROS_DOMAIN_ID"] = str(1 + (_run * 7 + _worker) % 101)
+
+from jaxtyping import install_import_hook  # noqa: E402 (the environment comes first)
+
+# Checks every annotated shape while testing; on a robot the annotations cost nothing.
+install_import_hook(["vla_post.learners"], "beartype.beartype")
