@@ -1,0 +1,665 @@
+"""`ChunkSampler`: action chunks with their observations, from any mixture of stores.
+
+B batch, H chunk length. Rules of docs/concepts.md: a chunk never crosses an episode, `valid` masks
+what would, `n` counts the rest, only `terminated` cuts the bootstrap. Drawing is separate from
+loading: item numbers come from a counter-based generator in the caller's thread, so the sequence
+depends on the seed and the snapshots alone, never on how many threads load.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from trajectory_store.blocks import Blocks, FrameCache, Frames
+from trajectory_store.errors import FeatureMissing, NothingToSample, SchemaMismatch, StoreError
+from trajectory_store.permutation import permute
+from trajectory_store.reader import FleetView, Store
+from trajectory_store.schema import Episode, Outcome, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where items come from: `batch.provenance[i]` is (store, episode uuid, row)."""
+
+    stores: tuple[str, ...]
+    """Locations that `store` indexes."""
+    uuids: Sequence[str]
+    """Episode uuids that `episode` indexes."""
+    store: np.ndarray
+    """(B,)"""
+    episode: np.ndarray
+    """(B,)"""
+    row: np.ndarray
+    """(B,) of the anchor, in its store."""
+    tick: np.ndarray
+    """(B,) of the anchor, counted from the episode's first."""
+
+    def __getitem__(self, item: int) -> tuple[str, str, int]:
+        return (
+            self.stores[int(self.store[item])],
+            self.uuids[int(self.episode[item])],
+            int(self.row[item]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """What a learner gets; `vla_post.batch.Batch` is the same as tensors.
+
+    Observations are as stored: vectors (B, D) float32 in the contract's unit, images
+    (B, height, width, C) uint8 (depth uint16); with `history=T` they are (B, T, ...), oldest first.
+    """
+
+    observation: dict[str, np.ndarray]
+    action: np.ndarray
+    """(B, H, A) float32, sent to the robot; past the episode's end the last command repeats."""
+    valid: np.ndarray
+    """(B, H) bool: inside the episode and, with `valid_sources`, commanded by one of those."""
+    reward: np.ndarray
+    """(B, H) float32, zero past the end."""
+    source: np.ndarray
+    """(B, H) uint8 `Source` of each step."""
+    next_observation: dict[str, np.ndarray]
+    """At step n, or the last stored one when the episode ends inside the chunk; {} if switched
+    off."""
+    n: np.ndarray
+    """(B,) int64: steps inside the episode; the bootstrap is gamma**n."""
+    terminated: np.ndarray
+    """(B,) bool: a real end lies inside the chunk. A time-out is not one."""
+    task: np.ndarray
+    """(B,) int64, index into `ChunkSampler.tasks`."""
+    instruction: list[str]
+    part: np.ndarray
+    """(B,) int64: which `Part` of the mixture the item was drawn from."""
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+
+def _everything(_: Episode) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which episodes count, and at which ticks a chunk may start. None means any."""
+
+    tasks: Sequence[str] | None = None
+    outcomes: Sequence[Outcome] | None = None
+    sources: Sequence[Source] | None = None
+    """A chunk starts only at ticks that one of these commanded."""
+    policy_versions: Sequence[int] | None = None
+    min_policy_version: int | None = None
+    since_ns: int | None = None
+    """Recorded at or after this wall-clock time, ns since 1970."""
+    until_ns: int | None = None
+    operators: Sequence[str] | None = None
+    good_only: bool = False
+    """Leave out episodes that the recorder found problems with."""
+    include_running: bool = False
+    """Also the episode that is being recorded, as far as it is committed."""
+    where: Callable[[Episode], bool] = _everything
+
+    def keeps(self, e: Episode) -> bool:
+        return (
+            (self.include_running or not e.is_open)
+            and not (e.deleted or e.damaged)
+            and len(e) > 0
+            and (self.tasks is None or e.task in self.tasks)
+            and (self.outcomes is None or e.outcome in self.outcomes)
+            and (self.policy_versions is None or e.policy_version in self.policy_versions)
+            and (self.min_policy_version is None or e.policy_version >= self.min_policy_version)
+            and (self.since_ns is None or e.created_ns >= self.since_ns)
+            and (self.until_ns is None or e.created_ns < self.until_ns)
+            and (self.operators is None or e.operator in self.operators)
+            and not (self.good_only and e.problems)
+            and self.where(e)
+        )
+
+
+Data = FleetView | Store | Sequence[Store]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a mixture; its expected share is weight / sum of weights, exactly."""
+
+    data: Data
+    weight: float = 1.0
+    filter: Filter = field(default_factory=Filter)
+    name: str = ""
+    balance_tasks: bool = False
+    """Every task of the part gets the same share, however many episodes it has."""
+    source_weights: Mapping[Source, float] | None = None
+    """Relative weight of a start tick by who commanded it; missing ones count 1."""
+    item_weights: Callable[[Episode], float | np.ndarray] | None = None
+    """Relative weight of an episode's start ticks: one number, or (ticks,) of them."""
+
+
+@dataclass
+class _Stratum:
+    """Start ticks that are drawn alike: a part, or one task of it. Arrays have a row per run."""
+
+    part: int
+    share: float
+    first: np.ndarray
+    """First row of each run of start ticks."""
+    length: np.ndarray
+    store: np.ndarray
+    episode: np.ndarray
+    """Index into the sampler's episode arrays."""
+    weight: np.ndarray
+    """Of one tick of the run."""
+    cum_ticks: np.ndarray
+    cum_weight: np.ndarray
+
+    @property
+    def n_ticks(self) -> int:
+        return int(self.cum_ticks[-1])
+
+
+@dataclass
+class _Draw:
+    """Item numbers of one batch."""
+
+    store: np.ndarray
+    episode: np.ndarray
+    row: np.ndarray
+    part: np.ndarray
+
+
+class ChunkSampler:
+    """An endless iterator of `ChunkBatch`."""
+
+    def __init__(
+        self,
+        data: Data | Sequence[Part],
+        *,
+        horizon: int,
+        batch_size: int,
+        seed: int = 0,
+        filter: Filter | None = None,
+        balance_tasks: bool = False,
+        keys: Sequence[str] | None = None,
+        history: int = 1,
+        history_stride: int = 1,
+        next_observation: bool = True,
+        valid_sources: Sequence[Source] | None = None,
+        replacement: bool = True,
+        missing: Literal["error", "skip"] = "error",
+        workers: int = 0,
+        prefetch: int = 2,
+        cache_bytes: int = 256 << 20,
+        frame_cache_bytes: int = 0,
+    ) -> None:
+        """Args:
+            data: a fleet view, store(s), or parts of a mixture.
+            horizon: H, control steps in a chunk.
+            filter, balance_tasks: for a single part; parts carry their own.
+            keys: observation features to load; default: all that the stores declare.
+            history: T observations up to the start tick, `history_stride` ticks apart; 1 drops the
+                axis. Before the episode's first tick the first is repeated.
+            next_observation: off saves half of the decoding for learners without a critic.
+            valid_sources: `valid` only where one of these commanded (HG-DAgger: HUMAN).
+            replacement: False goes through every start tick once per epoch, in a random order.
+            missing: what to do about episodes that lack one of `keys`.
+            workers: threads that load ahead; 0 loads when asked. The sequence is the same.
+            prefetch: batches kept ready per worker.
+            cache_bytes: bound on cached columns (ticks, not images).
+            frame_cache_bytes: bound on cached decoded frames.
+
+        Raises:
+            NothingToSample: empty stores, or nothing left by the filters.
+            FeatureMissing, SchemaMismatch, StoreError
+        """
+        if horizon < 1 or batch_size < 1 or history < 1 or history_stride < 1:
+            raise StoreError(
+                f"horizon {horizon}, batch_size {batch_size}, history {history}, history_stride "
+                f"{history_stride}: each must be at least 1"
+            )
+        if isinstance(data, (FleetView, Store)) or not any(isinstance(d, Part) for d in data):
+            whole: Any = data
+            parts = [Part(data=whole, filter=filter or Filter(), balance_tasks=balance_tasks)]
+        else:
+            parts = [p for p in data if isinstance(p, Part)]
+            if filter is not None or balance_tasks:
+                raise StoreError("with parts, give `filter` and `balance_tasks` to each part")
+        self._parts = parts
+        self._weights = [float(p.weight) for p in parts]
+        self.horizon, self.batch_size, self.seed = horizon, batch_size, seed
+        self._keys = None if keys is None else list(keys)
+        self._history, self._stride = history, history_stride
+        self._next = next_observation
+        self._valid_sources = None if valid_sources is None else [int(s) for s in valid_sources]
+        self._replacement, self._missing = replacement, missing
+        self._frame_cache = FrameCache(frame_cache_bytes)
+        self._cache_bytes = cache_bytes
+        self._blocks: Blocks | None = None
+        self._batch = 0
+        self._epoch = 0
+        self._counters: list[int] = []
+        self._index()
+        self._queue: deque[tuple[dict[str, Any], Future[ChunkBatch]]] = deque()
+        self._ahead = workers * max(prefetch, 1)
+        self._pool = ThreadPoolExecutor(workers, "chunk-sampler") if workers else None
+
+    # Iterating
+
+    def __iter__(self) -> Iterator[ChunkBatch]:
+        return self
+
+    def __next__(self) -> ChunkBatch:
+        if self._pool is None:
+            return self._load(self._draw())
+        while len(self._queue) <= self._ahead:
+            state = self._position()
+            self._queue.append((state, self._pool.submit(self._load, self._draw())))
+        _, future = self._queue.popleft()
+        return future.result()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What there is
+
+    @property
+    def n_anchors(self) -> int:
+        """Ticks at which a chunk may start, over all parts."""
+        return sum(s.n_ticks for s in self._strata)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches until as many items were drawn as there are start ticks."""
+        return -(-self.n_anchors // self.batch_size)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Expected share of each part, by name (or number)."""
+        out: dict[str, float] = {}
+        for s in self._strata:
+            name = self._parts[s.part].name or str(s.part)
+            out[name] = out.get(name, 0.0) + s.share
+        return out
+
+    @property
+    def task_shares(self) -> dict[str, float]:
+        """Expected share of each task."""
+        out = dict.fromkeys(self.tasks, 0.0)
+        for s in self._strata:
+            weight = s.weight * s.length
+            for name, part in zip(
+                self.tasks,
+                np.bincount(self._ep_task[s.episode], weight, minlength=len(self.tasks)),
+                strict=True,
+            ):
+                out[name] += float(s.share * part / weight.sum())
+        return out
+
+    @property
+    def snapshot_ids(self) -> dict[str, str]:
+        """Location -> snapshot of every store in use."""
+        return {s.location: s.snapshot_id for s in self._stores}
+
+    # Following writers
+
+    def refresh(self) -> bool:
+        """Sees what was committed since; True when anything is new.
+
+        Batches already prefetched are dropped and drawn again from the new index. Without
+        replacement a new epoch begins.
+        """
+        self._rewind()
+        done: dict[int, bool] = {}
+        for part in self._parts:
+            data = part.data
+            if id(data) not in done:
+                many = [data] if isinstance(data, (FleetView, Store)) else list(data)
+                done[id(data)] = any([d.refresh() for d in many])
+        if any(done.values()):
+            self._index()
+            if not self._replacement:
+                self._epoch += 1
+                self._counters = [0] * len(self._strata)
+        return any(done.values())
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """New weights for parts, by name; applies from the next batch that `__next__` returns.
+
+        Raises:
+            StoreError: unknown name, negative or all zero.
+        """
+        names = [p.name for p in self._parts]
+        unknown = weights.keys() - set(names)
+        if unknown:
+            raise StoreError(f"no part is called {sorted(unknown)}; parts are {names}")
+        self._rewind()
+        self._weights = [
+            float(weights.get(n, w)) for n, w in zip(names, self._weights, strict=True)
+        ]
+        self._share_out()
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able position after the last batch returned, with the snapshots it refers to."""
+        position = self._queue[0][0] if self._queue else self._position()
+        return position | {"seed": self.seed, "snapshots": self.snapshot_ids}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues exactly where `state_dict` was taken, on the same snapshots.
+
+        Raises:
+            StoreError: another seed, or other stores.
+            StoreUnavailable: a snapshot has expired.
+        """
+        wanted: Mapping[str, str] = state["snapshots"]
+        if state["seed"] != self.seed or wanted.keys() != self.snapshot_ids.keys():
+            raise StoreError(
+                f"the state is of seed {state['seed']} and stores {sorted(wanted)}; this sampler "
+                f"has seed {self.seed} and stores {sorted(self.snapshot_ids)}"
+            )
+        self._clear_queue()
+        for store in self._stores:
+            store.go_to(wanted[store.location])
+        self._index()
+        self._go(state)
+
+    def _position(self) -> dict[str, Any]:
+        return {"batch": self._batch, "epoch": self._epoch, "counters": list(self._counters)}
+
+    def _go(self, position: Mapping[str, Any]) -> None:
+        self._batch, self._epoch = int(position["batch"]), int(position["epoch"])
+        self._counters = [int(c) for c in position["counters"]]
+
+    def _rewind(self) -> None:
+        """Takes back what was drawn and not returned yet."""
+        if self._queue:
+            self._go(self._queue[0][0])
+        self._clear_queue()
+
+    def _clear_queue(self) -> None:
+        for _, future in self._queue:
+            future.cancel()
+        while self._queue:
+            _, future = self._queue.popleft()
+            if not future.cancelled():
+                future.exception()
+
+    # Index
+
+    def _index(self) -> None:
+        stores: dict[str, Store] = {}
+        chosen: list[list[tuple[Store, Episode]]] = []
+        seen = 0
+        for part in self._parts:
+            data = part.data
+            many = data.stores if isinstance(data, FleetView) else data
+            many = [many] if isinstance(many, Store) else list(many)
+            for store in many:
+                known = stores.setdefault(store.location, store)
+                if known is not store and known.snapshot_id != store.snapshot_id:
+                    raise StoreError(
+                        f"{store.location} takes part at two snapshots; use one Store object"
+                    )
+            seen += sum(len(s.episodes) for s in many)
+            keep = part.filter.keeps
+            chosen.append([(stores[s.location], e) for s in many for e in s.table if keep(e)])
+        self._stores = list(stores.values())
+        if not any(chosen):
+            where = ", ".join(s.location for s in self._stores[:3]) or "no store"
+            raise NothingToSample(
+                f"{where}: the filters leave nothing of {seen} finished episodes"
+                if seen
+                else f"{where}: no finished episode yet; record some, or wait and refresh"
+            )
+        self._choose_keys()
+        chosen = [self._with_features(c) for c in chosen]
+        number = {s.location: i for i, s in enumerate(self._stores)}
+        tasks = sorted({e.task for c in chosen for _, e in c})
+        self.tasks: list[str] = tasks
+        """Names that `ChunkBatch.task` indexes."""
+        self._episodes = list(
+            {(number[s.location], e.uuid): e for c in chosen for s, e in c}.items()
+        )
+        place = {key: i for i, (key, _) in enumerate(self._episodes)}
+        flat = [e for _, e in self._episodes]
+        self._uuids = [e.uuid for e in flat]
+        self._instructions = [e.instruction for e in flat]
+        self._ep_first = np.array([e.first_row for e in flat], np.int64)
+        self._ep_usable = np.array([e.first_row + self._first_tick(e) for e in flat], np.int64)
+        self._ep_end = np.array([e.end_row for e in flat], np.int64)
+        self._ep_task = np.array([tasks.index(e.task) for e in flat], np.int64)
+        self._strata: list[_Stratum] = []
+        for i, (part, episodes) in enumerate(zip(self._parts, chosen, strict=True)):
+            groups = (
+                [[(s, e) for s, e in episodes if e.task == task] for task in tasks]
+                if part.balance_tasks
+                else [episodes]
+            )
+            for group in groups:
+                runs = [
+                    (first, length, number[s.location], place[number[s.location], e.uuid], weight)
+                    for s, e in group
+                    for first, length, weight in self._runs(part, e)
+                ]
+                if runs:
+                    self._strata.append(_stratum(i, runs))
+        if not self._strata:
+            raise NothingToSample(
+                f"{self._stores[0].location}: {len(flat)} episodes pass the filters, and none has "
+                "a tick that the wanted sources commanded"
+            )
+        if not self._replacement and any(np.ptp(s.weight) > 0 for s in self._strata):
+            raise StoreError(
+                "weights per item need replacement=True; an epoch takes each tick once"
+            )
+        if len(self._counters) != len(self._strata):
+            self._counters = [0] * len(self._strata)
+        self._share_out()
+        if self._blocks is None:
+            self._blocks = Blocks(self._names(), self._cache_bytes)
+        self._blocks.use(self._stores)
+
+    def _share_out(self) -> None:
+        """Share of each stratum: its part's weight, split evenly among the part's strata."""
+        present = {s.part for s in self._strata}
+        total = sum(self._weights[p] for p in present)
+        if total <= 0 or min(self._weights) < 0:
+            raise StoreError(f"weights of the parts are {self._weights}; expected some above 0")
+        for s in self._strata:
+            siblings = sum(o.part == s.part for o in self._strata)
+            s.share = self._weights[s.part] / total / siblings
+
+    def _runs(self, part: Part, e: Episode) -> Iterator[tuple[int, int, float]]:
+        """(first row, ticks, weight of a tick) of the stretches where a chunk may start."""
+        wanted = part.filter.sources
+        usable = self._first_tick(e)
+        weights = part.item_weights(e) if part.item_weights else 1.0
+        for start, stop, source in e.runs():
+            start = max(start, usable)
+            if start >= stop or (wanted is not None and source not in wanted):
+                continue
+            by_source = (part.source_weights or {}).get(Source(source), 1.0)
+            if isinstance(weights, np.ndarray):
+                for tick in range(start, stop):
+                    if (weight := float(weights[tick]) * by_source) > 0:
+                        yield e.first_row + tick, 1, weight
+            elif (weight := float(weights) * by_source) > 0:
+                yield e.first_row + start, stop - start, weight
+
+    def _first_tick(self, e: Episode) -> int:
+        """Before it, some of the wanted features had not arrived."""
+        seen = dict(e.first_seen)
+        return max((seen[k] for k in self.keys), default=0)
+
+    def _with_features(self, chosen: list[tuple[Store, Episode]]) -> list[tuple[Store, Episode]]:
+        wanted = set(self.keys)
+        lacking = [
+            (s, e, wanted - {k for k, _ in e.first_seen})
+            for s, e in chosen
+            if not wanted <= {k for k, _ in e.first_seen}
+        ]
+        if lacking and self._missing == "error":
+            s, e, keys = lacking[0]
+            raise FeatureMissing(
+                f"{s.location}: {len(lacking)} of {len(chosen)} episodes lack a feature, the first "
+                f"is {e.uuid} without {sorted(keys)}. Leave it out of `keys`, or skip such "
+                'episodes with missing="skip"'
+            )
+        gone = {(s.location, e.uuid) for s, e, _ in lacking}
+        return [(s, e) for s, e in chosen if (s.location, e.uuid) not in gone]
+
+    def _choose_keys(self) -> None:
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        for store in self._stores:
+            for contract in store.contracts.values():
+                declared = {k: f.shape for k, f in contract.observations.items()}
+                declared["action"] = (contract.action.size,)
+                for key, shape in declared.items():
+                    if self._keys is not None and key not in (*self._keys, "action"):
+                        continue
+                    other, where = shapes.setdefault(key, (shape, store.location))
+                    if other != shape:
+                        raise SchemaMismatch(
+                            f"{key} has shape {other} in {where} and {shape} in {store.location}; "
+                            "such stores cannot share a batch"
+                        )
+        self.keys: list[str] = self._keys or [k for k in shapes if k != "action"]
+        unknown = [k for k in self.keys if k not in shapes]
+        if unknown:
+            raise FeatureMissing(
+                f"no store declares {unknown}; they have {sorted(shapes.keys() - {'action'})}"
+            )
+        self._image_keys = [k for k in self.keys if any(k in s.frames for s in self._stores)]
+        self._vector_keys = [k for k in self.keys if k not in self._image_keys]
+
+    def _names(self) -> list[str]:
+        return [
+            *self._vector_keys,
+            *(f"{k}.frame" for k in self._image_keys),
+            *("action", "reward", "source", "terminated"),
+        ]
+
+    # Drawing
+
+    def _draw(self) -> _Draw:
+        key = np.array([self.seed & (2**64 - 1), self._batch], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        self._batch += 1
+        shares = np.cumsum([s.share for s in self._strata])
+        which = np.searchsorted(shares, rng.random(self.batch_size) * shares[-1], side="right")
+        which = np.minimum(which, len(shares) - 1)
+        position = rng.random(self.batch_size)
+        out = _Draw(*(np.empty(self.batch_size, np.int64) for _ in range(4)))
+        for i in np.unique(which).tolist():
+            s, mine = self._strata[i], which == i
+            if self._replacement:
+                at = position[mine] * s.cum_weight[-1]
+                run = np.minimum(np.searchsorted(s.cum_weight, at, side="right"), len(s.length) - 1)
+                into = (at - (s.cum_weight[run] - s.weight[run] * s.length[run])) / s.weight[run]
+                tick = np.clip(into.astype(np.int64), 0, s.length[run] - 1)
+            else:
+                at = self._next_of_epoch(i, int(mine.sum()))
+                run = np.searchsorted(s.cum_ticks, at, side="right")
+                tick = at - (s.cum_ticks[run] - s.length[run])
+            out.store[mine], out.episode[mine] = s.store[run], s.episode[run]
+            out.row[mine], out.part[mine] = s.first[run] + tick, s.part
+        return out
+
+    def _next_of_epoch(self, stratum: int, count: int) -> np.ndarray:
+        """The next `count` start ticks of the stratum's random order; orders follow one another."""
+        size = self._strata[stratum].n_ticks
+        first = self._counters[stratum]
+        self._counters[stratum] = first + count
+        turn, within = np.divmod(np.arange(first, first + count, dtype=np.int64), size)
+        out = np.empty(count, np.int64)
+        for t in np.unique(turn).tolist():
+            mine = turn == t
+            key = (self.seed, self._epoch, stratum, int(t))
+            out[mine] = permute(within[mine], size, key)
+        return out
+
+    # Loading
+
+    def _load(self, d: _Draw) -> ChunkBatch:
+        assert self._blocks is not None
+        end = self._ep_end[d.episode]
+        steps = np.arange(self.horizon)
+        n = np.minimum(end - d.row, self.horizon)
+        inside = steps < n[:, None]
+        chunk_rows = d.row[:, None] + np.minimum(steps, n[:, None] - 1)
+        back = self._stride * np.arange(self._history - 1, -1, -1)
+        seen_rows = np.maximum(d.row[:, None] - back, self._ep_usable[d.episode][:, None])
+        wanted = {"chunk": (chunk_rows, ["action", "reward", "source", "terminated"])}
+        names = [*self._vector_keys, *(f"{k}.frame" for k in self._image_keys)]
+        wanted["now"] = (seen_rows, names)
+        if self._next:
+            after = np.minimum(d.row + n, end - 1)
+            next_rows = np.maximum(after[:, None] - back, self._ep_usable[d.episode][:, None])
+            wanted["next"] = (next_rows, names)
+        got = self._blocks.gather(d.store, wanted)
+        chunk = got["chunk"]
+        source = chunk["source"]
+        valid = inside
+        if self._valid_sources is not None:
+            valid = inside & np.isin(source, self._valid_sources)
+        frames = Frames(self._stores, self._frame_cache)
+        moments = [got["now"]] + ([got["next"]] if self._next else [])
+        images = {
+            k: frames.decode(k, d.store, [m[f"{k}.frame"] for m in moments])
+            for k in self._image_keys
+        }
+        observations: list[dict[str, np.ndarray]] = []
+        for i, moment in enumerate(moments):
+            values = {k: moment[k] for k in self._vector_keys}
+            values |= {k: images[k][i] for k in self._image_keys}
+            if self._history == 1:
+                values = {k: v[:, 0] for k, v in values.items()}
+            observations.append({k: values[k] for k in self.keys})
+        uuids = self._uuids
+        return ChunkBatch(
+            observation=observations[0],
+            action=chunk["action"],
+            valid=valid,
+            reward=chunk["reward"] * inside,
+            source=source,
+            next_observation=observations[1] if self._next else {},
+            n=n,
+            terminated=np.any(chunk["terminated"] & inside, axis=1),
+            task=self._ep_task[d.episode],
+            instruction=[self._instructions[e] for e in d.episode.tolist()],
+            part=d.part,
+            provenance=Provenance(
+                tuple(s.location for s in self._stores),
+                uuids,
+                d.store,
+                d.episode,
+                d.row,
+                d.row - self._ep_first[d.episode],
+            ),
+        )
+
+
+def _stratum(part: int, runs: list[tuple[int, int, int, int, float]]) -> _Stratum:
+    first, length, store, episode = (np.array([r[i] for r in runs], np.int64) for i in range(4))
+    weight = np.array([r[4] for r in runs], np.float64)
+    return _Stratum(
+        part, 0.0, first, length, store, episode, weight,
+        np.cumsum(length), np.cumsum(weight * length),
+    )  # fmt: skip

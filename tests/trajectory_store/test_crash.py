@@ -1,0 +1,129 @@
+"""SIGKILL at random instants: what was committed is there, bit for bit; the rest is absent."""
+
+import contextlib
+import importlib.util
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+from uuid import uuid5
+
+import numpy as np
+import pytest
+
+from trajectory_store import Contract, NotAStore, Store, StoreWriter, verification
+
+CHILD = Path(__file__).with_name("crash_child.py")
+_spec = importlib.util.spec_from_file_location("crash_child", CHILD)
+assert _spec
+assert _spec.loader
+child = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(child)
+
+
+def check(store: Store, frames: list[bytes], newest: int | None = None) -> None:
+    """Every row (of the newest episodes) is what its life and episode say."""
+    known = {
+        str(uuid5(child.NAMES, f"{life}/{episode}")): (life, episode)
+        for life in range(201)
+        for episode in range(60)
+    }
+    row = 0
+    for e in store.table:
+        assert (e.first_row, e.uuid in known) == (row, True)
+        row = e.end_row
+        if newest is not None and e not in store.table[-newest:]:
+            continue
+        values = child.expected(*known[e.uuid], len(e))
+        for key, wanted in values.items():
+            np.testing.assert_array_equal(store.read(key, e), wanted, err_msg=key)
+        if len(e):
+            got = store.read_encoded(child.CAMERA, e)
+            assert got == [frames[i // 3 % 16] for i in range(len(e))]
+    assert row == store.rows
+
+
+def _wait(condition: Any, limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "the writer did not come that far"
+        time.sleep(0.002)
+
+
+def kill_often(path: Path, contract: Contract, times: int, seed: int) -> dict[str, Any]:
+    chance = random.Random(seed)
+    frames = [child.picture(i) for i in range(16)]
+    rows = 0
+    seen = {"kills": 0, "before the first commit": 0, "interrupted": 0}
+    text = path.with_name("contract.json")
+    text.write_text(contract.to_json())
+    folder = path.with_name("progress")
+    folder.mkdir()
+
+    def start(life: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, CHILD, path, text, folder, str(life)]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    waiting = deque(start(life) for life in range(min(3, times)))  # importing takes a second
+    for life in range(times):
+        process = waiting.popleft()
+        if life + 3 < times:
+            waiting.append(start(life + 3))
+        assert process.stdin
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        if life % 4:  # the others die early, while they create, open or repair
+            _wait(lambda file=folder / str(life): file.exists() and file.stat().st_size == 8)
+        time.sleep(chance.random() ** 2 * 0.5)  # not a wait: the random instant itself
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=30) == -signal.SIGKILL
+        safe = 0
+        with contextlib.suppress(FileNotFoundError):
+            safe = int.from_bytes((folder / str(life)).read_bytes(), "little")
+        seen["kills"] += 1
+        try:
+            store = Store(path)
+        except NotAStore:
+            assert rows == safe == 0
+            seen["before the first commit"] += 1
+            continue
+        # What the writer called committed is there, and nothing that was there before has gone.
+        assert store.rows >= rows + safe
+        rows = store.rows
+        check(store, frames, newest=4)
+        # All but the last episode are closed.
+        assert not any(e.is_open for e in store.table[:-1])
+    with StoreWriter.create_or_open(path, contract):
+        pass
+    store = Store(path)
+    check(store, frames)
+    assert not any(e.is_open for e in store.table)
+    seen["interrupted"] = sum(e.outcome == "interrupted" for e in store.table)
+    assert seen["interrupted"] >= 1
+    report = verification.verify(path, decode=True)
+    assert report.ok, report.damage
+    return seen | {"rows": store.rows, "episodes": len(store.table)}
+
+
+@pytest.fixture(scope="module")
+def with_camera(cameras: Contract) -> Contract:
+    data = cameras.to_dict()
+    del data["observations"]["observation.images.depth"]
+    return Contract.model_validate(data)
+
+
+def test_killed_two_dozen_times(tmp_path, with_camera):
+    seen = kill_often(tmp_path / "store", with_camera, times=24, seed=2)
+    assert seen["kills"] == 24
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_killed_two_hundred_times(tmp_path, with_camera):
+    print(kill_often(tmp_path / "store", with_camera, times=200, seed=3))
