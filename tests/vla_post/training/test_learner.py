@@ -1,0 +1,242 @@
+"""The learner process: waits, learns from corrections, publishes, stops in order, resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trajectory_store import FleetView, Outcome, Source, StoreWriter, Tick
+from trajectory_store.contract import Contract, load_contract
+from vla_post.export.registry import Registry
+from vla_post.export.runtime import load_policy
+from vla_post.learners.hg_dagger import HgDaggerConfig, NonFiniteLoss
+from vla_post.policies.build import build_policy
+from vla_post.training.data import mixture, recorded_observations, rows_by, statistics
+from vla_post.training.ema import Ema
+from vla_post.training.learner import LearnerConfig, LearnerProcess
+from vla_post.training.metrics import MetricsLog, read_metrics
+from vla_post.training.state import load_state, save_state
+from vla_post.training.trainer import TrainConfig, Trainer
+
+CONTRACT = Path(__file__).parents[3] / "sim" / "contracts" / "metaworld_state.yaml"
+
+
+@pytest.fixture(scope="module")
+def contract() -> Contract:
+    return load_contract(CONTRACT)
+
+
+def record(folder: Path, contract: Contract, sources: list[Source], episodes: int = 1) -> None:
+    """Episodes whose action is +0.5 where a person or script drives and -0.5 where not."""
+    random = np.random.default_rng(0)
+    with StoreWriter.create_or_open(folder, contract, writer=folder.name) as writer:
+        for _ in range(episodes):
+            writer.begin_episode("reach", contract.tasks["reach"].instruction, "", 1)
+            for k, source in enumerate(sources):
+                good = source in (Source.HUMAN, Source.SCRIPTED)
+                writer.append(
+                    Tick(
+                        observation={
+                            key: random.normal(size=f.shape).astype(np.float32)
+                            for key, f in contract.vectors.items()
+                        },
+                        action=np.full(4, 0.5 if good else -0.5, np.float32),
+                        source=source,
+                        stamp_ns=k * contract.dt_ns,
+                    )
+                )
+            writer.end_episode(Outcome.SUCCESS)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, contract: Contract) -> Path:
+    """A run folder with demonstrations, and a starting checkpoint."""
+    record(tmp_path / "demonstrations", contract, [Source.SCRIPTED] * 30)
+    (tmp_path / "online").mkdir()
+    torch.manual_seed(0)
+    numbers = statistics(FleetView(tmp_path / "demonstrations"), contract)
+    policy = build_policy("chunk_flow", contract, numbers)
+    policy.save(tmp_path / "start")
+    return tmp_path
+
+
+def config(folders: Path, **changes: object) -> LearnerConfig:
+    settings: dict[str, object] = {
+        "start": folders / "start",
+        "demonstrations": folders / "demonstrations",
+        "online": folders / "online",
+        "registry": folders / "registry",
+        "run": folders / "run",
+        "train": TrainConfig(
+            algorithm=HgDaggerConfig(learning_rate=1e-3), batch_size=32, ema_decay=0.9
+        ),
+        "publish_s": 0.0,
+        "publish_updates": 20,
+        "refresh_s": 0.05,
+        "max_reuse": 1000.0,
+        "mirror": False,
+    }
+    return LearnerConfig(**(settings | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_learns_from_corrections_publishes_and_resumes(folders: Path, contract: Contract):
+    record(folders / "online" / "robot", contract, [Source.POLICY] * 20 + [Source.HUMAN] * 20)
+    assert LearnerProcess(config(folders, max_updates=50)).run() == 50
+    registry = Registry(folders / "registry")
+    versions = registry.versions()
+    assert [v.learner_step for v in versions] == [0, 20, 40, 50]
+    assert [v.parent for v in versions] == [None, 1, 2, 3]
+    assert registry.active() == versions[-1]
+    assert versions[-1].snapshots.keys() == {
+        str(folders / "demonstrations"),
+        str(folders / "online" / "robot"),
+    }
+    rows = [r for r in read_metrics(folders / "run" / "metrics.jsonl") if "loss" in r]
+    assert [r["update"] for r in rows] == list(range(1, 51))
+    assert np.mean([r["online_share"] for r in rows]) == pytest.approx(0.5, abs=0.05)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    again = LearnerProcess(config(folders, max_updates=60, resume=True))
+    assert again.trainer.updates == 50
+    assert again.run() == 60
+    assert registry.versions()[-1].parent == 4
+
+
+def test_waits_for_the_first_correction_and_for_more_after_reuse(folders: Path, contract: Contract):
+    stop = threading.Event()
+    process = LearnerProcess(config(folders, max_reuse=4.0), stop)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    registry = Registry(folders / "registry")
+    try:
+        _until(lambda: registry.active() is not None)
+        record(folders / "online" / "robot", contract, [Source.POLICY] * 30)
+        looked = process.looks
+        _until(lambda: process.looks > looked + 2)
+        assert process.trainer.updates == 0
+        record(folders / "online" / "robot", contract, [Source.HUMAN] * 16)
+        _until(lambda: process.trainer.updates > 0)
+        looked = process.looks
+        _until(lambda: process.looks > looked + 20)
+        # 4 uses of 16 rows, half of each batch of 32: about four updates, then it waits again.
+        assert 2 <= process.trainer.updates <= 8
+    finally:
+        stop.set()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def _until(condition: object, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # pyright: ignore[reportCallIssue]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_sigterm_ends_in_order(folders: Path, contract: Contract):
+    record(folders / "online" / "robot", contract, [Source.HUMAN] * 30)
+    names = ("start", "demonstrations", "online", "registry", "run")
+    words = [w for name in names for w in (f"--{name}", str(folders / name))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vla_post.training", *words, "--no-mirror"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = folders / "run" / "metrics.jsonl"
+    try:
+        _until(lambda: metrics.exists() and '"loss"' in metrics.read_text(), 280)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    last = Registry(folders / "registry").versions()[-1]
+    assert last.learner_step > 0
+    assert (folders / "run" / "learner" / "state.json").exists()
+
+
+def test_a_bad_batch_is_saved_and_the_weights_stay(folders: Path, contract: Contract):
+    from safetensors.numpy import load_file
+
+    from vla_post.policies.lerobot_adapter import LeRobotPolicy
+
+    trainer = Trainer(LeRobotPolicy.load(folders / "start"), TrainConfig(batch_size=8))
+    before = {k: v.clone() for k, v in trainer.policy.module.state_dict().items()}
+    view = FleetView(folders / "demonstrations")
+    chunk = next(mixture(view, None, contract, batch_size=8, online_share=0.5, sources=()))
+    chunk.action[0, 0, 0] = np.nan
+    with pytest.raises(NonFiniteLoss, match="bad"):
+        trainer.step(chunk, save_bad_batch=folders / "bad.safetensors")
+    np.testing.assert_array_equal(load_file(folders / "bad.safetensors")["action"], chunk.action)
+    for name, value in trainer.policy.module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_mixture_draws_only_what_people_did_from_online_stores(folders: Path, contract: Contract):
+    record(folders / "online" / "robot", contract, [Source.POLICY] * 90 + [Source.HUMAN] * 10)
+    online = FleetView(folders / "online")
+    assert rows_by(online, [Source.HUMAN]) == 10
+    sampler = mixture(
+        FleetView(folders / "demonstrations"),
+        online,
+        contract,
+        batch_size=400,
+        online_share=0.25,
+        sources=(Source.HUMAN,),
+    )
+    chunk = next(sampler)
+    assert (chunk.source[chunk.part == 1][:, 0] == Source.HUMAN).all()
+    assert (chunk.part == 1).mean() == pytest.approx(0.25, abs=0.07)
+
+
+def test_a_learner_that_never_looks_at_people_is_refused(folders: Path):
+    with pytest.raises(ValueError, match="online_share is 0"):
+        config(folders, online_share=0.0)
+
+
+def test_probes_are_recorded_observations(folders: Path, contract: Contract):
+    view = FleetView(folders / "demonstrations")
+    probes = recorded_observations(view, contract, 5)
+    policy = load_policy(folders / "start")
+    chunks = [policy.act(observation, text) for observation, text in probes]
+    assert all(c.shape == (contract.chunk_horizon, 4) and np.isfinite(c).all() for c in chunks)
+
+
+def test_average_of_weights_against_its_formula():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 1.0)
+    ema, expected = Ema(module, 0.5), 1.0
+    for n, value in enumerate((2.0, 4.0, -1.0), start=1):
+        torch.nn.init.constant_(module.weight, value)
+        ema.update(module)
+        keep = min(0.5, (1 + n) / (10 + n))
+        expected = keep * expected + (1 - keep) * value
+    assert ema.weights["weight"].item() == pytest.approx(expected)
+
+
+def test_state_round_trips(tmp_path: Path):
+    state = {"a": {0: torch.arange(3), "x": [1, None, 2.5]}, "b": "text", "e": {}}
+    save_state(tmp_path, "state", state)
+    back = load_state(tmp_path, "state")
+    assert torch.equal(back["a"].pop(0), state["a"].pop(0))
+    assert back == state
+
+
+def test_metrics_are_whole_lines(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as metrics:
+        metrics.write({"loss": 1.0})
+        metrics.write({"loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"loss": 0.')  # another process is writing
+    assert [row["loss"] for row in read_metrics(path)] == [1.0, 0.5]
+    assert all(json.loads(line)["stamp_s"] > 0 for line in path.read_text().splitlines()[:2])

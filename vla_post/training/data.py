@@ -1,0 +1,112 @@
+"""From stores to batches: normalisation statistics, and the mixture that learners draw from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source
+from trajectory_store.contract import Contract
+
+DEMONSTRATIONS, ONLINE = "demonstrations", "online"
+"""Names of the mixture's parts."""
+
+SMALLEST_STD = 0.01
+"""Floor of a state's standard deviation: what stood still in a few demonstrations may move."""
+SMALLEST_ACTION_STD = 0.025
+"""Floor of an action's, as a share of its range."""
+
+
+def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]:
+    """Mean, deviation and range of each vector and of the action, over all rows of a view.
+
+    Fixed when a policy is first trained and kept in its checkpoint: a policy whose inputs are
+    rescaled under it forgets.
+    """
+    low, high = np.array(contract.action.limits.position, np.float64).T
+    floors = {key: np.full(f.shape, SMALLEST_STD) for key, f in contract.vectors.items()}
+    floors["action"] = SMALLEST_ACTION_STD * (high - low)
+    out: dict[str, dict[str, Any]] = {}
+    for key, floor in floors.items():
+        rows = [store.read(key, e) for store in view.stores for e in store.episodes]
+        values = np.concatenate(rows).astype(np.float64)
+        out[key] = {
+            "mean": values.mean(axis=0),
+            "std": np.maximum(values.std(axis=0), floor),
+            "min": values.min(axis=0),
+            "max": values.max(axis=0),
+        }
+    return out
+
+
+def mixture(
+    demonstrations: FleetView,
+    online: FleetView | None,
+    contract: Contract,
+    *,
+    batch_size: int,
+    online_share: float,
+    sources: Sequence[Source],
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
+    workers: int = 0,
+) -> ChunkSampler:
+    """Tasks uniform; demonstrations never below 1 - `online_share`, and all until more comes.
+
+    Args:
+        online: what robots recorded; chunks start where one of `sources` drove.
+    """
+    parts = [
+        Part(
+            data=demonstrations,
+            name=DEMONSTRATIONS,
+            weight=1.0 - online_share,
+            balance_tasks=True,
+        )
+    ]
+    if online is not None and online.stores:
+        parts.append(
+            Part(
+                data=online,
+                name=ONLINE,
+                weight=online_share,
+                filter=Filter(sources=list(sources)),
+                balance_tasks=True,
+            )
+        )
+    return ChunkSampler(
+        parts,
+        horizon=contract.chunk_horizon,
+        batch_size=batch_size,
+        seed=seed,
+        keys=keys,
+        next_observation=False,
+        workers=workers,
+        frame_cache_bytes=256 << 20,
+    )
+
+
+def rows_by(view: FleetView, sources: Sequence[Source]) -> int:
+    """Ticks of finished episodes that one of `sources` commanded."""
+    return sum(e.ticks_by(source) for e in view.episodes for source in sources)
+
+
+def recorded_observations(
+    view: FleetView, contract: Contract, count: int, *, seed: int = 0
+) -> list[tuple[Mapping[str, np.ndarray], str]]:
+    """(observation as stored, instruction) pairs spread over a view: probes for exports and checks.
+
+    Raises:
+        ValueError: the view has no finished episode.
+    """
+    places = [(store, e) for store in view.stores for e in store.episodes if len(e)]
+    if not places:
+        raise ValueError(f"{', '.join(view.prefixes)}: no finished episode to take probes from")
+    random = np.random.default_rng(seed)
+    probes: list[tuple[Mapping[str, np.ndarray], str]] = []
+    for number in range(count):
+        store, episode = places[number % len(places)]
+        row = episode.first_row + int(random.integers(len(episode)))
+        observation = {key: store.read(key, [row])[0] for key in contract.observations}
+        probes.append((observation, episode.instruction))
+    return probes

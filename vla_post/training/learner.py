@@ -1,0 +1,252 @@
+"""The learner process: trains while robots work, and publishes versions that they adopt.
+
+It follows the online stores, draws the mixture of demonstrations and interventions, and waits
+politely while there is nothing new to learn from. SIGINT and SIGTERM end it in order: what was
+learned is published, the state is saved for `resume`, and the exit status is 0.
+
+    python -m vla_post.training --start CHECKPOINT --demonstrations STORE --online FOLDER \
+        --registry FOLDER --run FOLDER
+"""
+
+import dataclasses
+import logging
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trajectory_store import ChunkSampler, FleetView, NotAStore
+from vla_post.export.registry import Registry
+from vla_post.learners.hg_dagger import SUPERVISED, NonFiniteLoss
+from vla_post.policies.lerobot_adapter import LeRobotPolicy
+from vla_post.training.data import mixture, rows_by
+from vla_post.training.metrics import MetricsLog
+from vla_post.training.trainer import TrainConfig, Trainer
+
+log = logging.getLogger("vla_post.learner")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """A learner process. Paths are folders."""
+
+    start: Path
+    """Checkpoint to start from; published as the first version if the registry is empty."""
+    demonstrations: Path
+    """Stores whose every step is imitated."""
+    online: Path
+    """Stores that robots are writing, or will write."""
+    registry: Path
+    run: Path
+    """Of `metrics.jsonl` and of the state for `resume`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    online_share: float = 0.5
+    """Share of interventions in each batch, once there are any; demonstrations get the rest."""
+    publish_s: float = 10.0
+    """Wall time between versions, at least."""
+    publish_updates: int = 50
+    """Updates between versions, at least."""
+    refresh_s: float = 1.0
+    """How often the online stores are looked at."""
+    max_reuse: float = 40.0
+    """How often each intervention step may be drawn on average before the learner waits for more.
+    Keeps a fast learner from memorising what a slow robot gave it."""
+    max_updates: int = 0
+    """Stop after so many; 0 goes on until it is told to stop."""
+    resume: bool = False
+    """Continue the state in `run` instead of `start`."""
+    mirror: bool = True
+    """Mirror metrics to wandb, offline unless logged in."""
+    threads: int = 1
+    """Of the numerical library; the robot's processes want the other cores."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.online_share < 1.0:
+            raise ValueError(
+                f"online_share is {self.online_share}; expected a share between 0 and 1: "
+                "demonstrations are never forgotten, interventions never ignored"
+            )
+        if self.publish_s < 0 or self.publish_updates < 1 or self.refresh_s <= 0:
+            raise ValueError("publish_s, publish_updates and refresh_s must be positive")
+
+
+class LearnerProcess:
+    """The loop of one learner; `run` returns when it is stopped or done."""
+
+    def __init__(self, config: LearnerConfig, stop: threading.Event | None = None) -> None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+        self.config = config
+        self.stop = stop or threading.Event()
+        self.registry = Registry(config.registry)
+        self._state = config.run / "learner"
+        resuming = config.resume and (self._state / "state.json").exists()
+        source = self._state / "policy" if resuming else config.start
+        self.policy = LeRobotPolicy.load(source)
+        self.contract = self.policy.contract
+        self.trainer = Trainer(self.policy, config.train)
+        self._drawn = 0.0
+        self._parent: int | None = None
+        self._published_at = 0
+        if resuming:
+            extra = self.trainer.resume(self._state)
+            self._drawn, self._parent = float(extra["drawn"]), extra["parent"]
+            self._published_at = self.trainer.updates
+        self._sampler: ChunkSampler | None = None
+        self._online: FleetView | None = None
+        self._rows = 0
+        self._looked = 0.0
+        self.looks = 0
+        """How often the online stores were looked at."""
+        self._published_s = time.monotonic()
+
+    def run(self) -> int:
+        """Trains until stopped. Returns the number of updates.
+
+        Raises:
+            NonFiniteLoss: the batch is saved under `run`, the last good state too.
+        """
+        config = self.config
+        self._publish_start()
+        described: dict[str, Any] = {
+            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
+        }
+        path = config.run / "metrics.jsonl"
+        with MetricsLog(path, mirror=config.mirror, config=described) as metrics:
+            metrics.write({"learner": "waiting", "update": self.trainer.updates})
+            try:
+                self._loop(metrics)
+            finally:
+                if self.trainer.updates > self._published_at:
+                    self._publish(metrics)
+                self.trainer.save(self._state, {"drawn": self._drawn, "parent": self._parent})
+                if self._sampler is not None:
+                    self._sampler.close()
+        return self.trainer.updates
+
+    def _loop(self, metrics: MetricsLog) -> None:
+        config = self.config
+        waited_s = 0.0
+        while not self.stop.is_set():
+            if config.max_updates and self.trainer.updates >= config.max_updates:
+                break
+            if time.monotonic() - self._looked >= config.refresh_s:
+                self._look()
+            if not self._may_learn():
+                self.stop.wait(config.refresh_s / 4)
+                waited_s += config.refresh_s / 4
+                continue
+            assert self._sampler is not None
+            started = time.monotonic()
+            chunk = next(self._sampler)
+            loaded = time.monotonic()
+            bad = config.run / "bad_batch.safetensors"
+            row = self.trainer.step(chunk, save_bad_batch=bad)
+            online = int((chunk.part == 1).sum())
+            self._drawn += online
+            metrics.write(
+                {
+                    "update": self.trainer.updates,
+                    **row,
+                    "online_share": online / len(chunk),
+                    "intervention_rows": self._rows,
+                    "load_s": round(loaded - started, 4),
+                    "update_s": round(time.monotonic() - loaded, 4),
+                    "waited_s": waited_s,
+                    "version": self._parent,
+                }
+            )
+            waited_s = 0.0
+            due = time.monotonic() - self._published_s >= config.publish_s
+            if due and self.trainer.updates - self._published_at >= config.publish_updates:
+                self._publish(metrics)
+
+    def _look(self) -> None:
+        """Sees what robots have finished recording since the last time."""
+        self._looked = time.monotonic()
+        self.looks += 1
+        if self._online is None:
+            try:
+                self._online = FleetView(self.config.online)
+            except NotAStore:
+                return
+            found = True
+        else:
+            found = self._online.refresh()
+        rows = rows_by(self._online, SUPERVISED) if found else self._rows
+        if rows == self._rows:
+            return
+        self._rows = rows
+        # A new sampler per change: the mixture's parts may have appeared since, and it is cheap.
+        if self._sampler is not None:
+            self._sampler.close()
+        self._sampler = mixture(
+            FleetView(self.config.demonstrations),
+            self._online,
+            self.contract,
+            batch_size=self.config.train.batch_size,
+            online_share=self.config.online_share,
+            sources=SUPERVISED,
+            seed=self.config.train.seed * 1_000_003 + self.trainer.updates,
+            keys=self.policy.observation_keys,
+        )
+
+    def _may_learn(self) -> bool:
+        return self._sampler is not None and self._drawn < self.config.max_reuse * self._rows
+
+    def _publish_start(self) -> None:
+        """Robots need a first version; a registry that has one keeps it."""
+        if self._parent is not None:
+            return
+        active = self.registry.active()
+        if active is None:
+            active = self.registry.publish(
+                self.config.start, contract=self.contract, metrics={"note": "start"}
+            )
+        self._parent = active.number
+
+    def _publish(self, metrics: MetricsLog) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="publish_", dir=self.config.run))
+        try:
+            self.trainer.save_policy(folder)
+            version = self.registry.publish(
+                folder,
+                contract=self.contract,
+                parent=self._parent,
+                learner_step=self.trainer.updates,
+                snapshots={} if self._sampler is None else self._sampler.snapshot_ids,
+                metrics={"intervention_rows": self._rows, "updates": self.trainer.updates},
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._parent = version.number
+        self._published_at, self._published_s = self.trainer.updates, time.monotonic()
+        metrics.write({"published": version.number, "at_update": self.trainer.updates})
+        log.info("published %s after %d updates", version.name, self.trainer.updates)
+
+
+def main(argv: list[str] | None = None, *, stop: threading.Event | None = None) -> int:
+    """Runs the process until `stop` is set. Returns the exit status."""
+    import tyro
+
+    config = tyro.cli(LearnerConfig, args=argv, description=__doc__)
+    return run_until_stopped(config, stop)
+
+
+def run_until_stopped(config: LearnerConfig, stop: threading.Event | None = None) -> int:
+    """Runs a learner with its log on stderr; a user's mistake is one line and a status above 0."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    try:
+        LearnerProcess(config, stop).run()
+    except NonFiniteLoss as error:
+        print(f"learner: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"learner: {error}", file=sys.stderr)
+        return 2
+    return 0
