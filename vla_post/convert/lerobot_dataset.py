@@ -1,0 +1,301 @@
+"""LeRobot dataset format v3, out and in.
+
+Out: what lerobot trains on, plus columns of ours that its policies ignore (`vla_post.*`,
+`next.*`): true stamps, source, the policy's proposal, outcome. `meta/vla_post.json` keeps the
+contract and the episode rows, so that the way back loses nothing but what JPEG or video lost.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import numpy as np
+
+from trajectory_store import Contract, Episode, Filter, FleetView, Outcome, Source, Store
+from trajectory_store.contract import parse_contract
+from trajectory_store.writer import StoreWriter
+from vla_post.convert.common import (
+    ConversionError,
+    Progress,
+    clear_target,
+    make_contract,
+    names_of,
+    quiet,
+    slug,
+)
+
+SIDECAR = "meta/vla_post.json"
+OUTCOMES = list(Outcome)
+
+
+def to_lerobot(
+    data: Store | FleetView,
+    target: str | Path,
+    *,
+    repo_id: str = "local/vla_post",
+    filter: Filter | None = None,
+    use_videos: bool = True,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> list[str]:
+    """Writes episodes as a LeRobot v3 dataset and returns their uuids.
+
+    Written beside `target` and renamed when whole. Depth images are left out: the format is 8 bit
+    here.
+
+    Raises:
+        ConversionError: the target exists, stores of different contracts, nothing to write, or a
+            control rate that is not whole (the format's fps is an integer).
+        FeatureMissing: a camera has no frame at some tick.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    stores = data.stores if isinstance(data, FleetView) else [data]
+    keep = filter or Filter()
+    chosen = [(s, e) for s in stores for e in s.table if keep.keeps(e)]
+    if not chosen:
+        raise ConversionError("no finished episode passes the filter; nothing to convert")
+    contract = chosen[0][0].contracts[chosen[0][1].contract_sha256]
+    for store, episode in chosen:
+        contract.require_same(
+            store.contracts[episode.contract_sha256], here="first episode", there=episode.uuid
+        )
+    if contract.control_hz != round(contract.control_hz):
+        raise ConversionError(
+            f"control_hz is {contract.control_hz}; LeRobot's fps is a whole number"
+        )
+    target = Path(target)
+    clear_target(target, force)
+    building = target.with_name(f".{target.name}.partial")
+    clear_target(building, True)
+    images = {k: f for k, f in contract.images.items() if not f.unit.startswith("depth16")}
+    dataset = LeRobotDataset.create(
+        repo_id,
+        fps=round(contract.control_hz),
+        features=_features(contract, list(images), use_videos),
+        root=building,
+        robot_type=contract.robot,
+        use_videos=use_videos,
+    )
+    for done, (store, e) in enumerate(chosen):
+        progress(e.uuid, done, len(chosen))
+        columns = _columns(store, e, contract)
+        for i in range(len(e)):
+            frame: dict[str, Any] = {k: v[i] for k, v in columns.items()}
+            for key in images:
+                frame[key] = store.read(key, [e.first_row + i])[0]
+            dataset.add_frame(frame | {"task": e.instruction})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            dataset.save_episode()
+    dataset.finalize()
+    sidecar = {
+        "contract": contract.to_dict(),
+        "episodes": [json.loads(e.to_json()) for _, e in chosen],
+    }
+    (building / SIDECAR).write_text(json.dumps(sidecar))
+    building.replace(target)
+    progress("", len(chosen), len(chosen))
+    return [e.uuid for _, e in chosen]
+
+
+def _features(contract: Contract, images: list[str], use_videos: bool) -> dict[str, Any]:
+    def vector(names: tuple[str, ...], dtype: str = "float32") -> dict[str, Any]:
+        return {"dtype": dtype, "shape": (len(names),), "names": list(names)}
+
+    size = contract.action.size
+    features = {k: vector(f.names) for k, f in contract.vectors.items()}
+    features["action"] = vector(contract.action.names)
+    for key in images:
+        features[key] = {
+            "dtype": "video" if use_videos else "image",
+            "shape": tuple(contract.images[key].shape),
+            "names": ["height", "width", "channels"],
+        }
+    one = {"shape": (1,), "names": None}
+    return features | {
+        "next.reward": one | {"dtype": "float32"},
+        "next.done": one | {"dtype": "bool"},
+        "vla_post.truncated": one | {"dtype": "bool"},
+        "vla_post.stamp_ns": one | {"dtype": "int64"},
+        "vla_post.source": one | {"dtype": "int64"},
+        "vla_post.outcome": one | {"dtype": "int64"},
+        "vla_post.policy_version": one | {"dtype": "int64"},
+        "vla_post.action_policy": {"dtype": "float32", "shape": (size,), "names": None},
+        "vla_post.has_action_policy": one | {"dtype": "bool"},
+    }
+
+
+def _columns(store: Store, e: Episode, contract: Contract) -> dict[str, np.ndarray]:
+    def one(name: str, dtype: str) -> np.ndarray:
+        return store.read(name, e).astype(dtype)[:, None]
+
+    proposed = store.read("action.policy", e)
+    has: np.ndarray = np.all(np.isfinite(proposed), axis=1)
+    assert e.outcome is not None
+    return {k: store.read(k, e) for k in (*contract.vectors, "action")} | {
+        "next.reward": one("reward", "float32"),
+        "next.done": one("terminated", "bool"),
+        "vla_post.truncated": one("truncated", "bool"),
+        "vla_post.stamp_ns": one("stamp_ns", "int64"),
+        "vla_post.source": one("source", "int64"),
+        "vla_post.outcome": np.full((len(e), 1), OUTCOMES.index(e.outcome)),
+        "vla_post.policy_version": one("policy_version", "int64"),
+        "vla_post.action_policy": np.where(has[:, None], proposed, 0).astype(np.float32),
+        "vla_post.has_action_policy": has[:, None],
+    }
+
+
+def from_lerobot(
+    source: str | Path,
+    target: str | Path,
+    *,
+    repo_id: str = "local/dataset",
+    outcome: Outcome | str = Outcome.SUCCESS,
+    codec: str = "jpeg",
+    progress: Progress = quiet,
+) -> list[str]:
+    """Reads any v3 dataset on disk, with image or video features, into a store.
+
+    Run again after an interruption, it goes on: an episode's uuid follows from the dataset and its
+    index.
+
+    Args:
+        outcome: for data sets that do not say how an episode ended.
+        codec: how images are stored: `jpeg` (quality 95), `png` or `raw` (exact).
+
+    Returns:
+        uuids written now.
+
+    Raises:
+        ConversionError: not a v3 dataset, or no action.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root = Path(source)
+    if not (root / "meta" / "info.json").is_file():
+        raise ConversionError(
+            f"{root}: no meta/info.json; expected the folder of a LeRobot v3 dataset"
+        )
+    info = json.loads((root / "meta" / "info.json").read_text())
+    if not str(info.get("codebase_version", "")).startswith("v3"):
+        raise ConversionError(
+            f"{root}: version {info.get('codebase_version')}, expected v3; lerobot's own converter "
+            "brings older ones up to date"
+        )
+    if "action" not in info["features"]:
+        raise ConversionError(f"{root}: no feature called action")
+    dataset = LeRobotDataset(repo_id, root=root)
+    sidecar = root / SIDECAR
+    saved = json.loads(sidecar.read_text()) if sidecar.is_file() else None
+    contract, tasks = _contract(dataset, info, saved, root.name, codec)
+    written: list[str] = []
+    with StoreWriter.create_or_open(target, contract, writer="from_lerobot") as writer:
+        present = {e.uuid for e in Store(target).table}
+        episodes: Any = dataset.meta.episodes
+        total = dataset.meta.total_episodes
+        for number in range(total):
+            progress(f"episode {number}", number, total)
+            old = Episode.from_json(json.dumps(saved["episodes"][number])) if saved else None
+            name = f"{root.absolute()}#{number}"
+            uuid = old.uuid if old else str(uuid5(NAMESPACE_URL, name))
+            if uuid in present:
+                continue
+            first = int(episodes[number]["dataset_from_index"])
+            stop = int(episodes[number]["dataset_to_index"])
+            _write(writer, dataset, (first, stop), uuid, old, tasks, Outcome(outcome))
+            written.append(uuid)
+    progress("", total, total)
+    return written
+
+
+def _contract(
+    dataset: Any, info: dict[str, Any], saved: Any, name: str, codec: str
+) -> tuple[Contract, dict[str, str]]:
+    """The contract, and instruction -> task name."""
+    if saved:
+        contract = parse_contract(json.dumps(saved["contract"]))
+        present = [k for k in contract.observations if k in info["features"]]
+        data = contract.to_dict()
+        data["observations"] = {k: data["observations"][k] for k in present}
+        return Contract.model_validate(data), {}
+    vectors: dict[str, Any] = {}
+    images: dict[str, tuple[int, int, int]] = {}
+    for key, f in info["features"].items():
+        if not key.startswith("observation."):
+            continue
+        if f["dtype"] in ("image", "video"):
+            shape = list(f["shape"])
+            if shape[0] in (1, 3) and shape[2] not in (1, 3):
+                shape = [shape[1], shape[2], shape[0]]
+            new = key if key.startswith("observation.images.") else f"observation.images.{key[12:]}"
+            images[new] = (shape[0], shape[1], shape[2])
+        elif len(f["shape"]) == 1 and f["dtype"].startswith("float"):
+            vectors[key] = names_of(f.get("names"), f["shape"][0], key.rsplit(".", 1)[1])
+    texts = [str(t) for t in dataset.meta.tasks.index]
+    tasks = {text: slug(text, "task") for text in texts}
+    if len(set(tasks.values())) < len(tasks):
+        tasks = {text: f"task_{i}" for i, text in enumerate(texts)}
+    action = info["features"]["action"]
+    contract = make_contract(
+        cell=name,
+        robot=str(info.get("robot_type") or "robot"),
+        control_hz=float(info["fps"]),
+        vectors=vectors,
+        images=images,
+        action=names_of(action.get("names"), action["shape"][0], "action"),
+        tasks={v: k for k, v in tasks.items()},
+        codec=codec,
+    )
+    return contract, tasks
+
+
+def _write(
+    writer: StoreWriter,
+    dataset: Any,
+    span: tuple[int, int],
+    uuid: str,
+    old: Episode | None,
+    tasks: dict[str, str],
+    outcome: Outcome,
+) -> None:
+    items = [dataset[i] for i in range(*span)]
+    contract = writer.contract
+
+    def column(key: str, fallback: Any = None) -> Any:
+        if key not in items[0]:
+            return fallback
+        return np.stack([np.asarray(item[key]) for item in items])
+
+    observation: dict[str, Any] = {k: column(k).astype(np.float32) for k in contract.vectors}
+    for key in contract.images:
+        short = "observation." + key.removeprefix("observation.images.")
+        theirs = key if key in items[0] else short
+        pixels = column(theirs)
+        if pixels.dtype != np.uint8:
+            pixels = np.rint(pixels * 255).astype(np.uint8)
+        observation[key] = np.ascontiguousarray(np.moveaxis(pixels, 1, -1))
+    n = len(items)
+    default = (np.arange(n) * contract.dt_ns).reshape(n)
+    stamps = column("vla_post.stamp_ns", default).reshape(n)
+    if (np.diff(stamps) <= 0).any():
+        stamps = default
+    source = column("vla_post.source", np.full(n, int(Source.HUMAN))).reshape(n)
+    ends = column("next.done")
+    writer.write_episode(
+        old.task if old else tasks[str(items[0]["task"])],
+        observation,
+        column("action").astype(np.float32),
+        outcome=old.outcome if old and old.outcome else outcome,
+        source=source,
+        stamp_ns=stamps,
+        reward=column("next.reward", np.zeros(n)).reshape(n),
+        terminated=None if ends is None else ends.reshape(n),
+        instruction=str(items[0]["task"]),
+        operator=old.operator if old else "",
+        policy_version=old.policy_version if old else 0,
+        uuid=uuid,
+        notes=old.notes if old else "",
+    )

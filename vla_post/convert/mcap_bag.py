@@ -1,0 +1,280 @@
+"""rosbag2 recordings in MCAP, in, without ROS: the cell contract says which topic is which feature.
+
+A tick is a message on `arbiter/executed` (what was sent, and by whom); in bags without an arbiter,
+one on the command topic. Episodes come from the `events` topic; without one, the bag is one
+episode. A file that was cut off is read up to the cut, and the episode that was running becomes
+interrupted.
+"""
+
+import bisect
+import json
+import logging
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+import numpy as np
+
+from trajectory_store import Contract, Outcome, Source, Store, Tick
+from trajectory_store.contract import Align, ObservationFeature
+from trajectory_store.writer import StoreWriter
+from vla_post.convert.common import ConversionError, Progress, quiet
+
+log = logging.getLogger(__name__)
+MAGIC = b"\x89MCAP0\r\n"
+
+
+@dataclass
+class _Bag:
+    """Samples since the running episode began, by feature; ticks; events."""
+
+    samples: dict[str, list[tuple[int, Any]]] = field(default_factory=dict[str, list[Any]])
+    ticks: list[tuple[int, np.ndarray, Source, int]] = field(default_factory=list[Any])
+    """(stamp, command, source, policy version)"""
+
+
+def from_mcap(
+    source: str | Path,
+    target: str | Path,
+    contract: Contract,
+    *,
+    task: str = "",
+    outcome: Outcome | str = Outcome.SUCCESS,
+    progress: Progress = quiet,
+) -> list[str]:
+    """Reads a bag into a store and returns the uuids written now. A second run goes on.
+
+    Args:
+        task: for bags without events; default: the contract's only task.
+        outcome: likewise.
+
+    Raises:
+        ConversionError: not MCAP, no tick, or no task given where it is needed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(path.glob("*.mcap"))
+        if len(found) != 1:
+            raise ConversionError(f"{path}: {len(found)} .mcap files in this folder; name one")
+        path = found[0]
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(MAGIC))
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot read the bag ({error.strerror})") from error
+    if head != MAGIC:
+        raise ConversionError(f"{path}: starts with {head!r}; expected an MCAP file")
+    whole = task or (next(iter(contract.tasks)) if len(contract.tasks) == 1 else "")
+    written: list[str] = []
+    with StoreWriter.create_or_open(target, contract, writer="from_mcap") as writer:
+        present = {e.uuid for e in Store(target).table}
+
+        def finish(bag: _Bag, start: dict[str, Any], ending: Outcome) -> None:
+            name = str(start.get("task") or whole)
+            if not bag.ticks:
+                return
+            if not name:
+                raise ConversionError(
+                    f"{path}: the bag names no task; give one of {', '.join(contract.tasks)}"
+                )
+            uuid = _uuid(start.get("episode"), f"{path.absolute()}#{bag.ticks[0][0]}")
+            if uuid not in present:
+                _write(writer, contract, bag, uuid, name, start, ending)
+                written.append(uuid)
+
+        bag, start, cut = _Bag(), dict[str, Any](), False
+        has_events = False
+        size = path.stat().st_size
+        try:
+            for place, topic, kind, message, logged in _messages(path):
+                progress(path.name, place, size)
+                _take(contract, bag, topic, kind, message, logged)
+                if topic != f"/{contract.cell}/events":
+                    continue
+                event = json.loads(message.data)
+                if event.get("type") == "episode_start":
+                    bag, start, has_events = _Bag(), event, True
+                elif event.get("type") == "episode_end" and start:
+                    finish(bag, start, Outcome(event.get("outcome", "aborted")))
+                    bag, start = _Bag(), {}
+        except _CutOff as error:
+            log.warning("%s: read up to the cut (%s)", path, error)
+            cut = True
+        if start or not has_events:
+            finish(bag, start, Outcome.INTERRUPTED if cut or start else Outcome(outcome))
+        if not written and not present:
+            raise ConversionError(
+                f"{path}: no command on /{contract.cell}/arbiter/executed or "
+                f"/{contract.cell}/{contract.action.topic}; is this the contract of that cell?"
+            )
+    progress(path.name, size, size)
+    return written
+
+
+class _CutOff(Exception):
+    """The file ends in the middle of a record."""
+
+
+def _messages(path: Path) -> Any:
+    """(place in the file, topic, type, message, log time) in the order of the file."""
+    from mcap.exceptions import McapError
+    from mcap.records import Channel, Message, Schema
+    from mcap.stream_reader import StreamReader
+    from mcap_ros2.decoder import DecoderFactory
+    from zstandard import ZstdError
+
+    schemas: dict[int, Schema] = {}
+    channels: dict[int, Channel] = {}
+    decoders: dict[int, Any] = {}
+    factory = DecoderFactory()
+    with path.open("rb") as file:
+        try:
+            for record in StreamReader(file).records:
+                if isinstance(record, Schema):
+                    schemas[record.id] = record
+                elif isinstance(record, Channel):
+                    channels[record.id] = record
+                elif isinstance(record, Message):
+                    channel = channels[record.channel_id]
+                    schema = schemas.get(channel.schema_id)
+                    if channel.id not in decoders:
+                        decoders[channel.id] = factory.decoder_for(channel.message_encoding, schema)
+                    decode = decoders[channel.id]
+                    if decode is not None and schema is not None:
+                        yield (
+                            file.tell(),
+                            channel.topic,
+                            schema.name,
+                            decode(record.data),
+                            record.log_time,
+                        )
+        except (McapError, EOFError, OSError, ValueError, struct.error, ZstdError) as error:
+            raise _CutOff(str(error)) from error
+
+
+def _take(contract: Contract, bag: _Bag, topic: str, kind: str, message: Any, logged: int) -> None:
+    """Sorts one message into the bag."""
+    prefix = f"/{contract.cell}/"
+    short = topic.removeprefix(prefix)
+    action = contract.action
+    if short == "arbiter/executed":
+        who, _, rest = str(message.header.frame_id).partition(":")
+        source = {"policy": Source.POLICY, "human": Source.HUMAN}.get(who, Source.HOLD)
+        version = rest.partition("#")[0]
+        command = _ordered(message.name, message.position, action.names)
+        if command is not None:
+            number = int(version) if source == Source.POLICY and version.isdigit() else 0
+            if bag.samples.get("command"):  # this bag has an arbiter: commands are not ticks
+                bag.ticks = [t for t in bag.ticks if t[2] != Source.SCRIPTED]
+            bag.samples["executed"] = [(0, None)]
+            bag.ticks.append((_stamp(message, logged), command, source, number))
+    elif short == action.topic and "executed" not in bag.samples:
+        if kind.endswith("JointTrajectory"):
+            values = message.points[0].positions if message.points else ()
+            command = _ordered(message.joint_names, values, action.names)
+            stamp = _stamp(message, logged)
+        else:
+            command, stamp = np.asarray(message.data, np.float32), logged
+        if command is not None and command.shape == (action.size,):
+            bag.samples["command"] = [(0, None)]
+            bag.ticks.append((stamp, command, Source.SCRIPTED, 0))
+    for key, feature in contract.observations.items():
+        if short == feature.topic or topic == feature.topic:
+            value = _value(feature, message)
+            if value is not None:
+                bag.samples.setdefault(key, []).append((_stamp(message, logged), value))
+
+
+def _stamp(message: Any, logged: int) -> int:
+    stamp = message.header.stamp
+    return stamp.sec * 10**9 + stamp.nanosec or logged
+
+
+def _ordered(names: Any, values: Any, wanted: tuple[str, ...]) -> np.ndarray | None:
+    """Values in the contract's order; None when a name is missing."""
+    found = dict(zip(names, values, strict=False))
+    if not all(name in found for name in wanted):
+        return None
+    return np.array([found[name] for name in wanted], np.float32)
+
+
+def _value(feature: ObservationFeature, message: Any) -> Any:
+    if feature.type == "sensor_msgs/JointState":
+        return _ordered(message.name, getattr(message, feature.field), feature.names)
+    if feature.type == "sensor_msgs/CompressedImage":
+        return bytes(message.data)
+    height, width, channels = feature.shape
+    depth = message.encoding in ("16UC1", "mono16")
+    row = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
+    pixels = row[:, : width * channels * (2 if depth else 1)].copy()
+    if depth:
+        return pixels.view("<u2").reshape(height, width, channels)
+    image = pixels.reshape(height, width, channels)
+    return image[..., ::-1].copy() if message.encoding == "bgr8" else image
+
+
+def _uuid(text: Any, fallback: str) -> str:
+    try:
+        return str(UUID(str(text)))
+    except ValueError:
+        return str(uuid5(NAMESPACE_URL, fallback))
+
+
+def _write(
+    writer: StoreWriter,
+    contract: Contract,
+    bag: _Bag,
+    uuid: str,
+    task: str,
+    start: dict[str, Any],
+    outcome: Outcome,
+) -> None:
+    series = {k: sorted(bag.samples.get(k, ()), key=lambda s: s[0]) for k in contract.observations}
+    stamps = {k: [s for s, _ in v] for k, v in series.items()}
+    writer.begin_episode(
+        task, str(start.get("instruction", "")), str(start.get("operator", "")), uuid=uuid
+    )
+    before = -1
+    ended = outcome in (Outcome.SUCCESS, Outcome.FAILURE)
+    ticks = sorted(bag.ticks, key=lambda t: t[0])
+    for i, (stamp, command, source, version) in enumerate(ticks):
+        if stamp <= before:
+            continue
+        before = stamp
+        observation: dict[str, Any] = {}
+        seen: dict[str, int] = {}
+        for key, feature in contract.observations.items():
+            sample = _aligned(feature, stamps[key], series[key], stamp)
+            if sample is not None:
+                seen[key], observation[key] = sample
+        writer.append(
+            Tick(
+                observation,
+                command,
+                source,
+                stamp,
+                stamps=seen,
+                policy_version=version,
+                terminated=ended and i == len(ticks) - 1,
+            )
+        )
+    writer.end_episode(outcome)
+
+
+def _aligned(
+    feature: ObservationFeature, stamps: list[int], series: list[tuple[int, Any]], tick: int
+) -> tuple[int, Any] | None:
+    """(stamp, value) at the tick by the contract's rule; None before the first sample."""
+    after = bisect.bisect_right(stamps, tick)
+    if after == 0:
+        return None
+    earlier = series[after - 1]
+    if feature.align == Align.LATEST or after == len(series):
+        return earlier
+    later = series[after]
+    if feature.align == Align.INTERPOLATE:
+        part = (tick - earlier[0]) / (later[0] - earlier[0])
+        return tick, ((1 - part) * earlier[1] + part * later[1]).astype(np.float32)
+    return earlier if tick - earlier[0] <= later[0] - tick else later
