@@ -1,0 +1,114 @@
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+"""What the launch files share: launch arguments <-> `CellConfig`, `NodeSpec` -> launch_ros nodes.
+
+Imports launch and launch_ros, which come with ROS 2 and not with the wheels.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, SetEnvironmentVariable
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+from robot_bridge.bringup import CellConfig, NodeSpec, cell_nodes
+from robot_bridge.dds import LOOPBACK, use_default_profile
+
+ARGUMENTS: Mapping[str, tuple[str, str]] = {
+    "contract": ("", "path of the cell contract (YAML)"),
+    "registry": ("", "folder of policy versions; the runner follows the active one"),
+    "policy": ("", "checkpoint folder of one fixed policy, instead of a registry"),
+    "backend": ("torch", "torch or onnx"),
+    "store": ("", "trajectory store to record into; empty: record nothing"),
+    "events_log": ("", "file that gets every event as one JSON line"),
+    "auto_resume": ("false", "true: episodes start with the policy driving"),
+    "namespace": ("", "empty: the contract's cell name"),
+    "dds_profile": (LOOPBACK, "loopback (this computer only) or network"),
+}
+SIMULATED: Mapping[str, tuple[str, str]] = {
+    "real_time_factor": ("1.0", "speed of a simulated cell that is not in lockstep"),
+    "episodes": ("0", "episodes that the scripted operator runs; 0: no scripted operator"),
+}
+REAL: Mapping[str, tuple[str, str]] = {
+    "command_topic": ("", "e.g. /joint_trajectory_controller/joint_trajectory"),
+    "joint_states_topic": ("", "e.g. /joint_states"),
+}
+
+
+def declare(*groups: Mapping[str, tuple[str, str]]) -> list[Any]:
+    return [
+        DeclareLaunchArgument(name, default_value=default, description=text)
+        for group in groups
+        for name, (default, text) in group.items()
+    ]
+
+
+def nodes(simulated: bool, *groups: Mapping[str, tuple[str, str]]) -> Any:
+    """An action that reads the arguments when the launch begins, and starts the cell's nodes."""
+    names = [name for group in groups for name in group]
+
+    def start(context: Any) -> list[Any]:
+        given = {name: LaunchConfiguration(name).perform(context) for name in names}
+        environment: dict[str, str] = {}
+        use_default_profile(given["dds_profile"], environment)
+        return [
+            *(SetEnvironmentVariable(k, v) for k, v in environment.items()),
+            LogInfo(msg=f"vla_post: cell of {given['contract']}"),
+            *(launch_node(s) for s in cell_nodes(cell_config(given, simulated=simulated))),
+        ]
+
+    return OpaqueFunction(function=start)
+
+
+def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
+    """Launch arguments are text; raises ValueError for what they cannot mean."""
+
+    def path(name: str) -> Path | None:
+        return Path(given[name]).expanduser() if given.get(name) else None
+
+    contract = path("contract")
+    if contract is None:
+        raise ValueError("no contract; add contract:=FILE to the ros2 launch command")
+    backend = given.get("backend", "torch")
+    if backend not in ("torch", "onnx"):
+        raise ValueError(f"backend is {backend!r}; expected torch or onnx")
+    episodes = int(given.get("episodes", "0"))
+    topics = {
+        "command": given.get("command_topic", ""),
+        "joint_states": given.get("joint_states_topic", ""),
+    }
+    return CellConfig(
+        contract=contract,
+        registry=path("registry"),
+        policy=path("policy"),
+        backend=backend,
+        store=path("store"),
+        events_log=path("events_log"),
+        simulated=simulated,
+        auto_resume=given.get("auto_resume", "false").lower() == "true",
+        real_time_factor=float(given.get("real_time_factor", "1.0")),
+        operator={"episodes": episodes} if episodes else None,
+        remappings={source: target for source, target in topics.items() if target},
+        namespace=given.get("namespace", ""),
+    )
+
+
+def launch_node(spec: NodeSpec) -> Any:
+    return Node(
+        package="vla_post",
+        executable=spec.name,
+        name=spec.name,
+        namespace=spec.namespace,
+        parameters=[dict(spec.parameters)],
+        remappings=list(spec.remappings.items()),
+        respawn=spec.restart == "always",
+        respawn_delay=1.0,
+        output="screen",
+    )
+
+
+def describe(actions: Sequence[Any]) -> Any:
+    from launch import LaunchDescription
+
+    return LaunchDescription(list(actions))

@@ -1,0 +1,206 @@
+"""What the nodes share: QoS, stamps, the lifecycle base and the way a process runs one node."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+
+from robot_bridge.dds import use_default_profile
+from trajectory_store.contract import Contract, ContractError, load_contract
+
+STEADY = Clock(clock_type=ClockType.STEADY_TIME)
+
+
+def reliable(depth: int) -> QoSProfile:
+    return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def best_effort(depth: int) -> QoSProfile:
+    return QoSProfile(depth=depth, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+def latched(depth: int = 1) -> QoSProfile:
+    """Late joiners get the last `depth` messages."""
+    return QoSProfile(
+        depth=depth,
+        reliability=ReliabilityPolicy.RELIABLE,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL,
+    )
+
+
+def stamp_ns(stamp: Any) -> int:
+    """Of a builtin_interfaces/Time."""
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def set_stamp(stamp: Any, ns: int) -> None:
+    stamp.sec, stamp.nanosec = divmod(ns, 1_000_000_000)
+
+
+class UserError(Exception):
+    """A mistake in parameters or files; the message is all that the user sees."""
+
+
+class CellNode(LifecycleNode):
+    """A lifecycle node of one cell.
+
+    Parameters: `contract` (path), `autostart` (bool: configure and activate at once, for machines
+    without a supervisor). Subclasses fill in `setup`, `teardown` and `diagnose`; entities live from
+    `setup` to `teardown`, and `self.live` tells whether the node is active.
+
+    On a lockstep cell the node's times are the stamps of the messages; it does not follow /clock,
+    as that would cost every node a callback a tick.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, start_parameter_services=False, **options)
+        self.live = False
+        path = str(self.declare_parameter("contract", "").value or "")
+        if not path:
+            raise UserError(f"{name}: no contract; pass `--ros-args -p contract:=FILE`")
+        self.contract: Contract = load_contract(path)
+        self.lockstep = bool(self.contract.sim.get("lockstep", False))
+        if self.lockstep:
+            self.set_parameters([Parameter("use_sim_time", value=False)])
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", reliable(10))
+        self._status = DiagnosticStatus(name=f"{self.get_namespace()}/{name}".replace("//", "/"))
+        self.create_timer(1.0, self._publish_diagnostics, clock=STEADY)
+
+    # For subclasses
+
+    def setup(self) -> None:
+        """Creates everything. Raises UserError or any error; the node then stays unconfigured."""
+
+    def teardown(self) -> None:
+        """Ends threads and closes files; destroys what `setup` made."""
+
+    def started(self) -> None:
+        """The node became active."""
+
+    def stopped(self) -> None:
+        """The node is no longer active."""
+
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        """Level, one line, values."""
+        return DiagnosticStatus.OK, "", {}
+
+    # Lifecycle
+
+    def autostart(self) -> bool:
+        """Configures and activates if the parameter says so; False when that failed."""
+        if not self.declare_parameter("autostart", False).value:
+            return True
+        success = TransitionCallbackReturn.SUCCESS
+        return self.trigger_configure() == success and self.trigger_activate() == success
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            self.setup()
+        except Exception as error:
+            self._explain("configure", error)
+            self.teardown()
+            return TransitionCallbackReturn.FAILURE
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        super().on_activate(state)
+        self.live = True
+        self.started()
+        self.get_logger().info("active")
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.live = False
+        self.stopped()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.teardown()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.live = False
+        self.teardown()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.live = False
+        self.teardown()
+        return TransitionCallbackReturn.SUCCESS
+
+    def _explain(self, doing: str, error: Exception) -> None:
+        if isinstance(error, UserError | ContractError | ValueError | OSError):
+            self.get_logger().error(f"cannot {doing}: {error}")
+        else:
+            import traceback
+
+            self.get_logger().error(f"cannot {doing}: {traceback.format_exc()}")
+
+    def _publish_diagnostics(self) -> None:
+        level, text, values = self.diagnose()
+        if not self.live:
+            level, text = DiagnosticStatus.STALE, "not active"
+        self._status.level, self._status.message = level, text
+        self._status.values = [KeyValue(key=k, value=str(v)) for k, v in values.items()]
+        message = DiagnosticArray(status=[self._status])
+        set_stamp(message.header.stamp, self.get_clock().now().nanoseconds)
+        self._diagnostics.publish(message)
+
+
+def run(make: Callable[[], Node], arguments: list[str] | None = None) -> int:
+    """The body of a node's process: 0 after a signal, 2 for a user's mistake, 1 otherwise.
+
+    SIGINT and SIGTERM both end the executor, and so does a node that sets `finished`; the node then
+    leaves by its own `teardown`, so that files are closed. A second signal while it does so changes
+    nothing.
+    """
+    use_default_profile()
+    rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    stop = False
+
+    def on_signal(*_: Any) -> None:
+        nonlocal stop
+        stop = True
+        executor.wake()
+
+    executor = SingleThreadedExecutor()
+    node: Node | None = None
+    status = 0
+    try:
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        node = make()
+        executor.add_node(node)
+        if isinstance(node, CellNode) and not node.autostart():
+            status = 1
+        while not (stop or status or getattr(node, "finished", False)):
+            executor.spin_once(timeout_sec=0.5)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except (UserError, ContractError) as error:
+        print(error, file=sys.stderr)
+        status = 2
+    finally:
+        if node is not None:
+            close = getattr(node, "teardown", None) or getattr(node, "close", None)
+            if close is not None:
+                close()
+            executor.remove_node(node)
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return status
+
+
+def monotonic_s() -> float:
+    return time.monotonic()

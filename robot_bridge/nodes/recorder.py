@@ -1,0 +1,266 @@
+"""The recorder: every tick that was executed becomes a row of the trajectory store.
+
+    python -m robot_bridge.nodes.recorder --ros-args -r __ns:=/CELL -p contract:=FILE -p store:=PATH
+
+Its process alone writes the store. Deep queues and true stamps: it may be late, never lossy, and
+nobody waits for it.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus
+from sensor_msgs.msg import JointState
+from std_msgs.msg import String
+from trajectory_msgs.msg import JointTrajectory
+
+from robot_bridge.core.arbiter import POLICY_ERROR, Chunk
+from robot_bridge.core.events import Event, EventError, EventType, parse_event
+from robot_bridge.core.joints import JointReader, NamesError
+from robot_bridge.core.record import Ending, EpisodeAssembler
+from robot_bridge.nodes.common import (
+    STEADY,
+    CellNode,
+    UserError,
+    latched,
+    monotonic_s,
+    reliable,
+    run,
+    stamp_ns,
+)
+from robot_bridge.nodes.streams import Streams
+from trajectory_store import Outcome, Store, StoreError, StoreWriter
+
+
+class RecorderNode(CellNode):
+    def __init__(self, **options: Any) -> None:
+        super().__init__("recorder", **options)
+        self._path = str(self.declare_parameter("store", "").value or "")
+        self._interval_s = float(self.declare_parameter("commit_interval_s", 1.0).value or 1.0)
+        self._grace_s = float(self.declare_parameter("grace_s", 0.25).value or 0.25)
+        if not self._path:
+            raise UserError("recorder: no store; pass `--ros-args -p store:=PATH`")
+
+    def setup(self) -> None:
+        try:
+            self._writer = StoreWriter.create_or_open(
+                self._path, self.contract, commit_interval_s=self._interval_s
+            )
+        except StoreError as error:
+            raise UserError(str(error)) from error
+        self._assembler = EpisodeAssembler(self.contract, grace_s=self._grace_s)
+        self._waiting: deque[Event] = deque()
+        """Starts and ends that are to be handled in order."""
+        self._episode: Event | None = None
+        self._begun = False
+        """The store knows of the episode; it does from its first row on."""
+        self._known = {episode.uuid for episode in Store(self._path).episodes}
+        self._version = 0
+        self._episodes = self._bad_rows = 0
+        self._problem = ""
+        self._action = JointReader(self.contract.action.names, exact=True)
+        self._target = JointReader(self.contract.action.names, exact=True)
+        self._points = JointReader(self.contract.action.names, exact=True)
+        self._streams = Streams(
+            self,
+            self.contract,
+            self._assembler.push,
+            vectors=reliable(1000),
+            images=reliable(100),
+            lost=self._assembler.lost,
+        )
+        self._subscriptions_made = [
+            self.create_subscription(
+                JointState, "arbiter/executed", self._on_executed, reliable(1000)
+            ),
+            self.create_subscription(
+                JointTrajectory, "policy/action_chunk", self._on_chunk, reliable(100)
+            ),
+            self.create_subscription(
+                JointState, "teleop/joint_target", self._on_target, reliable(1000)
+            ),
+            self.create_subscription(String, "events", self._on_event, latched(200)),
+        ]
+        self._timers_made = [self.create_timer(0.05, self._drain, clock=STEADY)]
+
+    def teardown(self) -> None:
+        streams: Streams | None = self.__dict__.pop("_streams", None)
+        if streams is not None:
+            streams.close()
+        removers: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+            ("_timers_made", self.destroy_timer),
+            ("_subscriptions_made", self.destroy_subscription),
+        )
+        for name, destroy in removers:
+            for entity in self.__dict__.pop(name, []):
+                destroy(entity)
+        writer: StoreWriter | None = self.__dict__.pop("_writer", None)
+        if writer is not None:
+            try:
+                writer.close()
+            except StoreError as error:
+                self.get_logger().error(str(error))
+
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        if not self.live:
+            return DiagnosticStatus.STALE, "", {}
+        health = self._writer.health
+        values = {
+            "episodes": self._episodes,
+            "committed_ticks": health.committed_ticks,
+            "pending_ticks": health.pending_ticks,
+            "refused_rows": self._bad_rows,
+        }
+        text = health.error or self._problem
+        level = DiagnosticStatus.ERROR if not health.ok else DiagnosticStatus.OK
+        return (DiagnosticStatus.WARN if text and health.ok else level), text, values
+
+    # Inputs
+
+    def _on_executed(self, message: JointState) -> None:
+        try:
+            command = self._action.read(message.name, message.position)
+        except NamesError as error:
+            self.get_logger().error(f"arbiter/executed: {error}", throttle_duration_sec=5.0)
+            return
+        stamp, label = stamp_ns(message.header.stamp), message.header.frame_id
+        self._assembler.executed(stamp, command, label, monotonic_s())
+        self._drain()
+
+    def _on_chunk(self, message: JointTrajectory) -> None:
+        frame = message.header.frame_id
+        version, _, number = frame.partition("#")
+        if frame.startswith(POLICY_ERROR) or not (version.isdecimal() and number.isdecimal()):
+            return
+        try:
+            points = np.stack(
+                [self._points.read(message.joint_names, p.positions) for p in message.points]
+            )
+        except (NamesError, ValueError):
+            return  # the arbiter refuses it too, and says so
+        stamp = stamp_ns(message.header.stamp)
+        self._assembler.chunk(Chunk(stamp, int(version), int(number), points))
+
+    def _on_target(self, message: JointState) -> None:
+        try:
+            command = self._target.read(message.name, message.position)
+        except NamesError:
+            return  # the arbiter refuses it too, and says so
+        self._assembler.human(stamp_ns(message.header.stamp), command)
+
+    def _on_event(self, message: String) -> None:
+        try:
+            event = parse_event(message.data)
+        except EventError as error:
+            self.get_logger().warning(str(error))
+            return
+        if event.type == EventType.POLICY_SWITCH:
+            self._version = event.integer("version")
+        elif event.type in (EventType.EPISODE_START, EventType.EPISODE_END):
+            self._waiting.append(event)
+            self._drain()
+
+    # Rows
+
+    def _drain(self) -> None:
+        """Writes what is complete, and handles starts and ends in their order."""
+        if not self.live:
+            return
+        now = monotonic_s()
+        while True:
+            if self._episode is None:
+                if not self._waiting:
+                    return
+                self._begin(self._waiting.popleft())
+                continue
+            if self._waiting and not self._assembler.ending:
+                self._announce_end(self._waiting.popleft(), now)
+            for row in self._assembler.rows_ready(now):
+                self._append(row)
+            if not self._assembler.finished(now):
+                return
+            self._finish()
+
+    def _begin(self, event: Event) -> None:
+        if event.type != EventType.EPISODE_START:
+            return  # the end of an episode that began before this recorder
+        uuid = event.text("episode")
+        over = any(later.text("episode") == uuid for later in self._waiting)
+        newer = any(later.type == EventType.EPISODE_START for later in self._waiting)
+        if uuid in self._known or (over and newer):
+            return  # told again to a recorder that was restarted
+        self._episode, self._begun = event, False
+        self._assembler.begin(event.integer("start_stamp_ns"))
+
+    def _begin_in_store(self, first_ns: int) -> None:
+        event = self._episode
+        assert event is not None
+        start_ns = event.integer("start_stamp_ns")
+        late = first_ns - start_ns > self.contract.dt_ns
+        self._begun = True
+        self._known.add(event.text("episode"))
+        self._writer.begin_episode(
+            event.text("task"),
+            event.text("instruction"),
+            event.text("operator"),
+            self._version,
+            uuid=event.text("episode"),
+            notes=f"first row {(first_ns - start_ns) / 1e6:.0f} ms after the start" if late else "",
+        )
+
+    def _announce_end(self, event: Event, now: float) -> None:
+        assert self._episode is not None
+        same = event.text("episode") == self._episode.text("episode")
+        if event.type == EventType.EPISODE_START or not same:
+            # The supervisor was restarted and the end of our episode was never told.
+            self._assembler.end(Ending(event.stamp_ns - 1, Outcome.INTERRUPTED), now)
+            self._waiting.appendleft(event)
+            return
+        self._assembler.end(
+            Ending(
+                event.integer("end_stamp_ns", event.stamp_ns),
+                event.text("outcome", Outcome.INTERRUPTED),
+                event.fields.get("truncated") is True,
+            ),
+            now,
+        )
+
+    def _finish(self) -> None:
+        outcome = self._assembler.outcome
+        last, rates = self._assembler.finish()
+        if last is not None:
+            self._append(last)
+        assert self._episode is not None
+        uuid, self._episode = self._episode.text("episode"), None
+        if not self._begun:
+            self.get_logger().warning(f"episode {uuid} has no rows; nothing was stored")
+            return
+        problems = [str(rate) for rate in rates if not rate.good]
+        try:
+            self._writer.end_episode(Outcome(outcome), problems=problems)
+        except (StoreError, ValueError) as error:
+            self.get_logger().error(f"episode {uuid}: {error}")
+        if problems:
+            self.get_logger().warning(f"episode {uuid} is marked: {'; '.join(problems)}")
+        self._episodes += 1
+
+    def _append(self, row: Any) -> None:
+        try:
+            if not self._begun:
+                self._begin_in_store(row.stamp_ns)
+            self._writer.append(row)
+        except (StoreError, ValueError) as error:
+            self._bad_rows += 1
+            self._problem = f"row refused: {error}"
+            self.get_logger().error(self._problem, throttle_duration_sec=5.0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(RecorderNode, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

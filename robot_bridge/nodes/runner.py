@@ -1,0 +1,446 @@
+"""The policy runner: observations in, action chunks out.
+
+    python -m robot_bridge.nodes.runner --ros-args -r __ns:=/CELL -p contract:=FILE -p registry:=DIR
+
+Parameters: `registry` (folder; its active version is adopted between episodes after its checks) or
+`policy` (a checkpoint folder), `backend` (torch or onnx), `infer_while_human`, `max_jump` (see
+`vla_post.export.require_fit`; 0 switches that check off).
+
+Inference runs in a thread of its own. A policy that raises, or returns NaN or a wrong shape, is
+reported by an empty chunk whose frame_id says why, on which the arbiter holds.
+"""
+
+import array
+import hashlib
+import json
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus
+from rclpy.duration import Duration
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from robot_bridge.core.align import Aligned, Aligner
+from robot_bridge.core.arbiter import POLICY_ERROR, Mode
+from robot_bridge.core.events import EventError, EventType, parse_event
+from robot_bridge.core.latency import Latency
+from robot_bridge.nodes.common import (
+    STEADY,
+    CellNode,
+    UserError,
+    best_effort,
+    latched,
+    monotonic_s,
+    reliable,
+    run,
+    set_stamp,
+)
+from robot_bridge.nodes.streams import Streams, decode
+from vla_post.export.adoption import require_fit
+from vla_post.export.registry import Registry
+
+if TYPE_CHECKING:
+    from vla_post.export import ChunkPolicy
+
+OBSERVATION_PATIENCE_S = 0.5
+"""Lockstep: how long to wait for a frame that is due before going on without it."""
+REGISTRY_PERIOD_S = 1.0
+UNHEARD_S = 0.5
+"""Lockstep: a chunk that moves nothing for so long is inferred and sent again."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A policy and where it came from."""
+
+    policy: "ChunkPolicy"
+    version: int
+    card: dict[str, Any]
+    """What `policy/active` says."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    stamp_ns: int
+    aligned: Aligned
+    instruction: str
+    seed: int
+    started_s: float
+
+
+class RunnerNode(CellNode):
+    def __init__(self, **options: Any) -> None:
+        super().__init__("runner", **options)
+        self._registry_path = str(self.declare_parameter("registry", "").value or "")
+        self._policy_path = str(self.declare_parameter("policy", "").value or "")
+        self._backend = str(self.declare_parameter("backend", "torch").value)
+        self._while_human = bool(self.declare_parameter("infer_while_human", False).value)
+        self._max_jump = float(self.declare_parameter("max_jump", 0.0).value or 0.0)
+        self._task = str(self.declare_parameter("task", next(iter(self.contract.tasks))).value)
+        if bool(self._registry_path) == bool(self._policy_path):
+            raise UserError(
+                "runner: pass exactly one of `-p registry:=FOLDER` and `-p policy:=CHECKPOINT`"
+            )
+        if self._backend not in ("torch", "onnx"):
+            raise UserError(f"runner: backend is {self._backend!r}; expected torch or onnx")
+
+    # Loading
+
+    def load(self, path: Path) -> "ChunkPolicy":
+        """A policy for this cell. Raises what `load_policy` raises, and ContractMismatch."""
+        from vla_post.export import load_policy
+
+        return load_policy(path, backend=cast(Literal["torch", "onnx"], self._backend))
+
+    def _load_first(self) -> Loaded:
+        if self._policy_path:
+            path = Path(self._policy_path)
+            if not path.is_dir():
+                raise UserError(f"runner: no checkpoint folder at {path}")
+            return self._checked(self.load(path), 0, {"path": str(path)})
+        registry = Registry(self._registry_path)
+        active = registry.active()
+        if active is None:
+            raise UserError(f"runner: {self._registry_path} has no active version yet")
+        return self._load_version(registry, active.number)
+
+    def _load_version(self, registry: Registry, number: int) -> Loaded:
+        version = registry.verify(number, contract=self.contract)
+        manifest = (registry.path(number) / "manifest.json").read_bytes()
+        card = {
+            "step": version.learner_step,
+            "parent": version.parent,
+            "sha256": hashlib.sha256(manifest).hexdigest(),
+        }
+        return self._checked(self.load(registry.path(number)), number, card)
+
+    def _checked(self, policy: "ChunkPolicy", version: int, card: dict[str, Any]) -> Loaded:
+        """Refuses a policy of another cell."""
+        if policy.contract_sha256 != self.contract.sha256:
+            policy.close()
+            raise UserError(
+                "runner: the policy was made for another contract "
+                f"({policy.contract_sha256[:12]}, this cell has {self.contract.sha256[:12]})"
+            )
+        unknown = set(policy.observation_keys) - set(self.contract.observations)
+        if unknown:
+            policy.close()
+            raise UserError(f"runner: the policy wants {sorted(unknown)}, which no topic brings")
+        return Loaded(policy, version, {"version": version, "backend": self._backend} | card)
+
+    def setup(self) -> None:
+        self._loaded = self._load_first()
+        self._candidate: Loaded | None = None
+        self._refused: int | None = None
+        self._refusal = ""
+        self._probes: list[tuple[dict[str, np.ndarray], str]] = []
+        self._aligner = Aligner(self.contract, capacity=64)
+        self._mode = Mode.HOLD
+        self._fresh_ns = 0
+        self._tick_ns = -1
+        self._tick_s = 0.0
+        self._sent_s = 0.0
+        self._episode: tuple[int, int] | None = None
+        """(seed, start stamp) of the running episode."""
+        self._instruction = self.contract.task(self._task).instruction
+        self._asked_ns = -1
+        self._busy = False
+        self._chunk_id = 0
+        self._errors = 0
+        self._last_error = ""
+        self.latency = Latency()
+
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._done = self.create_guard_condition(self._on_done)
+        lifespan = Duration(seconds=0 if self.lockstep else 1)
+        self._chunk_publisher = self.create_publisher(
+            JointTrajectory,
+            "policy/action_chunk",
+            QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, lifespan=lifespan),
+        )
+        self._active_publisher = self.create_publisher(String, "policy/active", latched())
+        self._message = self._chunk_message()
+        self._streams = Streams(
+            self,
+            self.contract,
+            self._on_sample,
+            vectors=reliable(10) if self.lockstep else best_effort(5),
+            images=reliable(5) if self.lockstep else best_effort(1),
+        )
+        self._subscriptions_made = [
+            self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched()),
+            self.create_subscription(String, "events", self._on_event, latched(200)),
+        ]
+        self._services_made = [self.create_service(Trigger, "~/reload_policy", self._on_reload)]
+        self._timers_made = [
+            self.create_timer(0.05, self._maybe_infer, clock=STEADY),
+        ]
+        self._threads = [threading.Thread(target=self._work, name="inference", daemon=True)]
+        if self._registry_path:
+            self._look_now = threading.Event()
+            self._threads.append(
+                threading.Thread(target=self._watch_registry, name="registry", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
+
+    def started(self) -> None:
+        self._announce()
+
+    def teardown(self) -> None:
+        stop: threading.Event | None = self.__dict__.get("_stop")
+        if stop is not None:
+            stop.set()
+            self._jobs.put(None)
+            if "_look_now" in self.__dict__:
+                self._look_now.set()
+            for thread in self.__dict__.pop("_threads", []):
+                thread.join(timeout=5.0)
+        streams: Streams | None = self.__dict__.pop("_streams", None)
+        if streams is not None:
+            streams.close()
+        removers: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+            ("_timers_made", self.destroy_timer),
+            ("_subscriptions_made", self.destroy_subscription),
+            ("_services_made", self.destroy_service),
+        )
+        for name, destroy in removers:
+            for entity in self.__dict__.pop(name, []):
+                destroy(entity)
+        for name in ("_chunk_publisher", "_active_publisher"):
+            publisher = self.__dict__.pop(name, None)
+            if publisher is not None:
+                self.destroy_publisher(publisher)
+        loaded: Loaded | None = self.__dict__.pop("_loaded", None)
+        if loaded is not None:
+            loaded.policy.close()
+
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        if not self.live:
+            return DiagnosticStatus.STALE, "", {}
+        values = {
+            "version": self._loaded.version,
+            "chunks": self._chunk_id,
+            "errors": self._errors,
+        } | self.latency.summary_ms()
+        if self._refusal:
+            return DiagnosticStatus.WARN, self._refusal, values
+        level = DiagnosticStatus.ERROR if self._last_error else DiagnosticStatus.OK
+        return level, self._last_error, values
+
+    # Inputs
+
+    def _on_sample(self, key: str, stamp: int, value: Any) -> None:
+        self._aligner.push(key, stamp, value)
+        if stamp > self._tick_ns and self.contract.observations[key].topic == "joint_states":
+            self._tick_ns, self._tick_s = stamp, monotonic_s()
+        self._maybe_infer()
+
+    def _on_state(self, message: DiagnosticStatus) -> None:
+        for pair in message.values:
+            if pair.key == "mode":
+                self._mode = Mode(pair.value)
+            elif pair.key == "fresh_ns":
+                self._fresh_ns = int(pair.value)
+        self._maybe_infer()
+
+    def _on_event(self, message: String) -> None:
+        try:
+            event = parse_event(message.data)
+        except EventError as error:
+            self.get_logger().warning(str(error))
+            return
+        if event.type == EventType.EPISODE_START:
+            self._instruction = event.text("instruction", self._instruction)
+            self._episode = (event.integer("seed"), event.integer("start_stamp_ns"))
+        elif event.type in (EventType.EPISODE_END, EventType.RESET):
+            self._episode = None
+            # The arbiter holds from here on; its word of it may still be on the way, and a chunk
+            # that is inferred on the old one would cross the next resume.
+            self._mode = Mode.HOLD
+            self._maybe_swap()
+        self._maybe_infer()
+
+    # Inference
+
+    def _maybe_infer(self) -> None:
+        """Starts an inference if one is due and its observation is complete."""
+        if self._busy or not self.live or self._tick_ns < 0:
+            return
+        driving = self._mode is Mode.POLICY
+        if not driving and not (self._while_human and self._mode is Mode.HUMAN):
+            return
+        if self.lockstep and self._episode is None:
+            return
+        tick = self._tick_ns
+        newest_useful = tick - (self.contract.execute_steps - 1) * self.contract.dt_ns
+        if driving:
+            newest_useful = max(newest_useful, self._fresh_ns)
+        if tick < self._fresh_ns:
+            return
+        if self._asked_ns >= newest_useful and not self._unheard(driving):
+            return
+        young = monotonic_s() - self._tick_s < OBSERVATION_PATIENCE_S
+        if self.lockstep and young and self._aligner.pending(tick):
+            return
+        aligned = self._aligner.at(tick)
+        self._asked_ns = tick
+        if not aligned.usable:
+            self._fail(tick, f"the observation is not complete: {aligned.why()}")
+            return
+        seed, start = self._episode or (0, 0)
+        steps = max(0, (tick - start) // self.contract.dt_ns)
+        job = _Job(
+            tick, aligned, self._instruction, (seed * 100_003 + steps) % 2**31, monotonic_s()
+        )
+        self._busy = True
+        self._jobs.put(job)
+
+    def _unheard(self, driving: bool) -> bool:
+        """Lockstep: time stands still although the chunk is out, so it did not reach the arbiter.
+
+        It may have come while the arbiter still closed the episode before, and been dropped.
+        """
+        if not self.lockstep or not driving:
+            return False
+        return monotonic_s() - max(self._tick_s, self._sent_s) > UNHEARD_S
+
+    def _work(self) -> None:
+        """The inference thread."""
+        while (job := self._jobs.get()) is not None and not self._stop.is_set():
+            try:
+                self._infer(job)
+            except Exception as error:
+                self._fail(job.stamp_ns, f"the policy failed: {type(error).__name__}: {error}")
+            self._busy = False
+            if not self._stop.is_set():
+                self._done.trigger()
+
+    def _infer(self, job: _Job) -> None:
+        loaded = self._loaded
+        observation = {
+            key: decode(job.aligned.values[key], self.contract.observations[key])
+            for key in loaded.policy.observation_keys
+        }
+        chunk = np.asarray(loaded.policy.act(observation, job.instruction, job.seed))
+        wanted = (self.contract.chunk_horizon, self.contract.action.size)
+        if chunk.shape != wanted:
+            raise ValueError(f"it returned a chunk of shape {chunk.shape}; expected {wanted}")
+        if not np.isfinite(chunk).all():
+            raise ValueError("it returned NaN or infinity")
+        self._chunk_id += 1
+        self._last_error = ""
+        message = self._message
+        set_stamp(message.header.stamp, job.stamp_ns)
+        message.header.frame_id = f"{loaded.version}#{self._chunk_id}"
+        for point, row in zip(message.points, chunk.astype(np.float64), strict=True):
+            point.positions = array.array("d", row.tobytes())
+        self._chunk_publisher.publish(message)
+        self._sent_s = monotonic_s()
+        self.latency.add(monotonic_s() - job.started_s)
+        self._probes = [*self._probes[-3:], (observation, job.instruction)]
+
+    def _fail(self, tick_ns: int, reason: str) -> None:
+        self._errors += 1
+        self._last_error = reason
+        self.get_logger().error(reason, throttle_duration_sec=2.0)
+        message = JointTrajectory()
+        set_stamp(message.header.stamp, tick_ns)
+        message.header.frame_id = POLICY_ERROR + reason
+        self._chunk_publisher.publish(message)
+        self._sent_s = monotonic_s()
+
+    def _on_done(self) -> None:
+        self._maybe_swap()
+        self._maybe_infer()
+
+    def _chunk_message(self) -> JointTrajectory:
+        message = JointTrajectory(joint_names=list(self.contract.action.names))
+        points: list[JointTrajectoryPoint] = []
+        for i in range(self.contract.chunk_horizon):
+            point = JointTrajectoryPoint()
+            set_stamp(point.time_from_start, (i + 1) * self.contract.dt_ns)
+            points.append(point)
+        message.points = points
+        return message
+
+    # Versions
+
+    def _watch_registry(self) -> None:
+        """Loads and checks a newly active version beside the running one."""
+        registry = Registry(self._registry_path)
+        while not self._stop.is_set():
+            self._look_now.wait(REGISTRY_PERIOD_S)
+            self._look_now.clear()
+            if self._stop.is_set():
+                return
+            number: int | None = None
+            try:
+                active = registry.active()
+                candidate = self._candidate
+                known = {self._loaded.version, self._refused}
+                if candidate is not None:
+                    known.add(candidate.version)
+                if active is None or active.number in known:
+                    continue
+                number = active.number
+                loaded = self._load_version(registry, number)
+                jump = self._max_jump or None
+                require_fit(
+                    loaded.policy,
+                    self._probes,
+                    self.contract.action,
+                    running=self._loaded.policy if jump else None,
+                    max_jump=jump,
+                )
+            except Exception as error:
+                # Whatever a version on disk does, the running one goes on.
+                self._refused = number
+                self._refusal = f"version {number} refused: {error}"
+                self.get_logger().error(self._refusal)
+                continue
+            self._refusal, self._candidate = "", loaded
+            self._done.trigger()
+
+    def _maybe_swap(self) -> None:
+        """Adopts the candidate between episodes, or between chunks if the contract allows."""
+        candidate = self._candidate
+        between = self._episode is None or self.contract.safety.swap == "chunk"
+        if candidate is None or self._busy or not between:
+            return
+        old, self._loaded, self._candidate = self._loaded, candidate, None
+        old.policy.close()
+        self._announce()
+
+    def _announce(self) -> None:
+        card = self._loaded.card
+        self.get_logger().info(f"policy version {card['version']}")
+        self._active_publisher.publish(String(data=json.dumps(card)))
+
+    def _on_reload(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if not self._registry_path:
+            response.success, response.message = False, "a fixed policy is running, no registry"
+            return response
+        self._refused = None
+        self._look_now.set()
+        response.success = True
+        response.message = "looking; a version that passes its checks is adopted between episodes"
+        return response
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(RunnerNode, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,288 @@
+"""A cell of real processes; the test plays the robot and the operator over real DDS."""
+
+import array
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rclpy
+import simplejpeg
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.msg import ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
+from rclpy.executors import SingleThreadedExecutor
+from safetensors.numpy import save_file
+from sensor_msgs.msg import CompressedImage, JointState, Joy
+from std_msgs.msg import String
+from std_srvs.srv import SetBool, Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from robot_bridge.bringup import CellConfig, ProcessGroup, cell_nodes
+from robot_bridge.dds import use_default_profile
+from robot_bridge.nodes.common import latched, reliable, set_stamp, stamp_ns
+from trajectory_store.contract import Contract
+
+DEADLINE_S = float(os.environ.get("VLA_POST_TEST_DEADLINE_S", "60"))
+
+
+def checkpoint(folder: Path, contract: Contract, value: float = 0.25) -> Path:
+    """A folder that the registry takes for a checkpoint of the fake runner."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"value": np.array([value], np.float32)}, folder / "model.safetensors")
+    card = {
+        "format": "vla_post/checkpoint/1",
+        "kind": "fake",
+        "contract": contract.to_json(),
+        "contract_sha256": contract.sha256,
+        "statistics": {},
+    }
+    (folder / "vla_post.json").write_text(json.dumps(card))
+    return folder
+
+
+class Cell:
+    """Starts supervisor, arbiter and what is asked for; everything else is this object.
+
+    Lockstep robot: publishes tick k + 1 when the command of tick k came, while `moving`.
+    """
+
+    def __init__(self, contract: Contract, folder: Path, **config: Any) -> None:
+        self.contract = contract
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "cell.yaml"
+        path.write_text(json.dumps(contract.to_dict(), indent=1))
+        specs = cell_nodes(
+            CellConfig(
+                contract=path,
+                simulated=False,
+                events_log=folder / "events.jsonl",
+                **config,
+            )
+        )
+        changes = {
+            "runner": {"module": "fake_runner"},
+            "arbiter": {"parameters": {"lockstep_wait_s": 2.0, "stamp_commands": True}},
+        }
+        for i, spec in enumerate(specs):
+            change = dict(changes.get(spec.name, {}))
+            change["parameters"] = dict(spec.parameters) | change.get("parameters", {})
+            specs[i] = dataclasses.replace(spec, **change)
+        self.group = ProcessGroup(
+            specs,
+            log_dir=folder / "logs",
+            environment={"PYTHONPATH": str(Path(__file__).parent), "PYTHONWARNINGS": "ignore"},
+        )
+        use_default_profile()
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context)
+        self.node = rclpy.create_node(
+            "robot",
+            namespace=f"/{contract.cell}",
+            context=self.context,
+            start_parameter_services=False,
+        )
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.names = list(contract.observations["observation.state"].names)
+        self.position = [0.0, 0.5, 0.2, 0.0]  # inside the workspace box
+        self.tick = 1
+        self.moving = False
+        self.episode: str | None = None
+        self.before_say: Callable[[], None] = lambda: None
+        self.commands: list[tuple[int, list[float]]] = []
+        self.executed: list[tuple[int, str, list[float]]] = []
+        self.state: dict[str, str] = {}
+        self.events: list[dict[str, Any]] = []
+        self.active: dict[str, Any] = {}
+        self.diagnostics: dict[str, tuple[int, str]] = {}
+        node = self.node
+        self._joints = node.create_publisher(JointState, "joint_states", reliable(10))
+        self._cameras = {
+            key: (node.create_publisher(CompressedImage, f.topic, reliable(5)), f)
+            for key, f in contract.images.items()
+        }
+        self._joy = node.create_publisher(Joy, "teleop/joy", reliable(1))
+        self._target = node.create_publisher(JointState, "teleop/joint_target", reliable(1))
+        self._clients: dict[str, Any] = {}
+        subscribe = node.create_subscription
+        subscribe(JointTrajectory, "command", self._on_command, reliable(1))
+        subscribe(JointState, "arbiter/executed", self._on_executed, reliable(50))
+        subscribe(DiagnosticStatus, "arbiter/state", self._on_state, latched())
+        subscribe(String, "events", self._on_event, latched(200))
+        subscribe(String, "policy/active", self._on_active, latched())
+        subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, reliable(10))
+
+    # The robot
+
+    def say(self) -> None:
+        self.before_say()
+        ns = self.tick * self.contract.dt_ns
+        image = np.full((16, 16, 3), self.tick % 256, np.uint8)
+        for publisher, feature in self._cameras.values():
+            every = max(1, round(self.contract.control_hz / feature.rate_hz))
+            if self.tick % every == 1 % every:
+                frame = CompressedImage(format="jpeg")
+                set_stamp(frame.header.stamp, ns)
+                frame.data = array.array("B", simplejpeg.encode_jpeg(image))
+                publisher.publish(frame)
+        message = JointState(name=self.names, position=array.array("d", self.position))
+        set_stamp(message.header.stamp, ns)
+        self._joints.publish(message)
+
+    def _on_command(self, message: JointTrajectory) -> None:
+        ns = stamp_ns(message.header.stamp)
+        self.commands.append((ns, list(message.points[0].positions)))
+        if self.moving and ns == self.tick * self.contract.dt_ns:
+            self.tick += 1
+            self.say()
+
+    def _on_event(self, message: String) -> None:
+        event = json.loads(message.data)
+        self.events.append(event)
+        if event["type"] == "reset":
+            # A frame belongs to the first tick of a scene.
+            self.tick += 1
+            self.tick += -(self.tick - 1) % 4
+            self.episode, self.moving = event["episode"], True
+            self.say()
+            self.call_later("supervisor/reset_done", Trigger)
+        elif event["type"] == "episode_end" and event["episode"] == self.episode:
+            self.moving = False
+
+    # What the others say
+
+    def _on_executed(self, message: JointState) -> None:
+        ns = stamp_ns(message.header.stamp)
+        self.executed.append((ns, message.header.frame_id, list(message.position)))
+
+    def _on_state(self, message: DiagnosticStatus) -> None:
+        self.state = {pair.key: pair.value for pair in message.values}
+
+    def _on_active(self, message: String) -> None:
+        self.active = json.loads(message.data)
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            self.diagnostics[status.name] = (int.from_bytes(status.level), status.message)
+
+    # The operator
+
+    def operator(self, *, deadman: bool, target: list[float] | None = None) -> None:
+        """A joy message of this tick, and a command with it."""
+        ns = self.tick * self.contract.dt_ns
+        if target is not None:
+            names = list(self.contract.action.names)
+            message = JointState(name=names, position=array.array("d", target))
+            set_stamp(message.header.stamp, ns)
+            self._target.publish(message)
+        joy = Joy(buttons=[int(deadman)])
+        set_stamp(joy.header.stamp, ns)
+        self._joy.publish(joy)
+
+    def call_later(self, service: str, kind: Any, **fields: Any) -> Any:
+        client = self._clients.setdefault(service, self.node.create_client(kind, service))
+        return client.call_async(kind.Request(**fields))
+
+    def call(self, service: str, kind: Any = Trigger, **fields: Any) -> Any:
+        client = self._clients.setdefault(service, self.node.create_client(kind, service))
+        self.until(client.service_is_ready, f"service {service}")
+        deadline = time.monotonic() + DEADLINE_S
+        while True:  # a request that was sent to a node that is being restarted is lost
+            future = client.call_async(kind.Request(**fields))
+            patience = time.monotonic() + 3.0
+            self.until(
+                lambda f=future, p=patience: f.done() or time.monotonic() > p, f"{service}'s answer"
+            )
+            if future.done():
+                return future.result()
+            client.remove_pending_request(future)
+            assert time.monotonic() < deadline, f"no answer of {service}"
+
+    def set_parameters(self, **values: Any) -> None:
+        def message(name: str, value: Any) -> ParameterMessage:
+            if isinstance(value, bool):
+                content = ParameterValue(type=ParameterType.PARAMETER_BOOL, bool_value=value)
+            elif isinstance(value, int):
+                content = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=value)
+            else:
+                content = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=value)
+            return ParameterMessage(name=name, value=content)
+
+        answer = self.call(
+            "supervisor/set_parameters",
+            SetParameters,
+            parameters=[message(name, value) for name, value in values.items()],
+        )
+        assert all(result.successful for result in answer.results), answer
+
+    def start_episode(self, task: str = "reach", *, resume: bool = True) -> str:
+        """Until the first tick was taken."""
+        self.set_parameters(task=task, auto_resume=resume, operator="ann")
+        uuid = ""
+
+        def started() -> bool:
+            nonlocal uuid
+            answer = self.call("supervisor/start_episode")
+            uuid = answer.message if answer.success else ""
+            return bool(uuid)
+
+        self.until(started, "start_episode")
+        self.until(lambda: self.has_event("episode_start", episode=uuid), "the episode's start")
+        return uuid
+
+    def end_episode(self, success: bool = True) -> None:
+        assert self.call("supervisor/end_episode", SetBool, data=success).success
+        self.until(lambda: not self.moving, "the end of the episode")
+
+    # Waiting
+
+    def has_event(self, kind: str, **fields: Any) -> bool:
+        return any(
+            e["type"] == kind and all(e.get(k) == v for k, v in fields.items()) for e in self.events
+        )
+
+    def until(
+        self, condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S
+    ) -> None:
+        """Spins until the condition holds."""
+        deadline = time.monotonic() + deadline_s
+        while not condition():
+            self.executor.spin_once(timeout_sec=0.02)
+            self.group.poll()
+            if time.monotonic() > deadline:
+                logs = {name: self.group.last_words(name, 8) for name in self.group.pids()}
+                raise AssertionError(
+                    f"waited {deadline_s} s for {what}; state {self.state}; "
+                    f"last events {self.events[-3:]}; logs {logs}"
+                )
+
+    def ticks(self, n: int) -> None:
+        """Until the arbiter executed n more."""
+        goal = len(self.executed) + n
+        self.until(lambda: len(self.executed) >= goal, f"{n} more ticks")
+
+    def mode(self, mode: str) -> None:
+        self.until(lambda: self.state.get("mode") == mode, f"mode {mode}")
+
+    def up(self) -> None:
+        """Until every managed node is active."""
+        name = f"/{self.contract.cell}/supervisor"
+        self.until(lambda: self.diagnostics.get(name) == (0, ""), "all nodes to be active")
+
+    def __enter__(self) -> "Cell":
+        self.group.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.group.stop()
+        finally:
+            self.executor.shutdown()
+            self.node.destroy_node()
+            self.context.try_shutdown()
