@@ -1,0 +1,162 @@
+"""`vla-post registry ...`: list, show, promote, roll back and compare policy versions."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vla_post.cli.errors import UserError
+from vla_post.export.registry import Registry, Version, parse_version, version_name
+
+Root = Annotated[Path, tyro.conf.Positional]
+Which = Annotated[str, tyro.conf.Positional]
+
+
+def _open(root: Path) -> Registry:
+    if not root.is_dir():
+        raise UserError(f"{root}: no such registry; a run keeps its own in runs/NAME/registry")
+    return Registry(root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """All versions, oldest first; the active one is marked with *."""
+
+    root: Root
+    """The registry's folder."""
+
+    def run(self) -> None:
+        registry = _open(self.root)
+        active = registry.active()
+        versions = registry.versions()
+        if not versions:
+            raise UserError(f"{self.root}: holds no version yet")
+        print(f"  {'version':<9} {'parent':<9} {'update':>7}  {'made':<19}  metrics")
+        for version in versions:
+            mark = "*" if active is not None and version.number == active.number else " "
+            parent = version_name(version.parent) if version.parent else "-"
+            made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(version.created_ns / 1e9))
+            print(
+                f"{mark} {version.name:<9} {parent:<9} {version.learner_step:>7}  {made:<19}  "
+                + _metrics(version)
+            )
+        if registry.pinned:
+            print("pinned: new versions wait until somebody promotes one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Manifest and history of one version."""
+
+    root: Root
+    version: Which
+
+    def run(self) -> None:
+        registry = _open(self.root)
+        version = registry.version(parse_version(self.version))
+        print(f"{version.name}  parent {version.parent}  update {version.learner_step}")
+        print(f"contract {version.contract_sha256}")
+        for store, snapshot in version.snapshots.items():
+            print(f"snapshot {snapshot}  {store}")
+        print(f"metrics {_metrics(version)}")
+        for name, digest in version.files.items():
+            print(f"{digest[:16]}  {name}")
+        for entry in registry.history():
+            if entry["version"] == version.number:
+                when = time.strftime("%H:%M:%S", time.localtime(entry["stamp_ns"] / 1e9))
+                print(f"{when} {entry['action']} {entry['reason']}".rstrip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promote:
+    """Make a version the active one, after checking it. Robots adopt it between episodes."""
+
+    root: Root
+    version: Which
+    reason: str = ""
+    pin: bool = False
+    """Keep it active when the learner publishes newer ones."""
+
+    def run(self) -> None:
+        number = parse_version(self.version)
+        version = _open(self.root).promote(number, reason=self.reason, pin=self.pin)
+        print(f"{version.name} is active{' and pinned' if self.pin else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Back to the version that was active before (or --to); it stays pinned there."""
+
+    root: Root
+    to: str | None = None
+    reason: str = ""
+
+    def run(self) -> None:
+        target = parse_version(self.to) if self.to is not None else None
+        version = _open(self.root).rollback(to=target, reason=self.reason)
+        print(f"{version.name} is active and pinned; `registry promote` lets versions move again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check the files and weights of one version, or of all."""
+
+    root: Root
+    version: str | None = None
+
+    def run(self) -> None:
+        registry = _open(self.root)
+        if self.version is not None:
+            numbers = [parse_version(self.version)]
+        else:
+            numbers = [version.number for version in registry.versions()]
+        for number in numbers:
+            version = registry.verify(number)
+            print(f"{version.name}: {len(version.files)} files match, weights are finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """What differs between two versions: lineage, data, metrics, files."""
+
+    root: Root
+    first: Which
+    last: Which
+
+    def run(self) -> None:
+        registry = _open(self.root)
+        a, b = (registry.version(parse_version(v)) for v in (self.first, self.last))
+        rows: list[tuple[str, Any, Any]] = [
+            ("version", a.name, b.name),
+            ("parent", a.parent, b.parent),
+            ("update", a.learner_step, b.learner_step),
+            ("contract", a.contract_sha256[:12], b.contract_sha256[:12]),
+        ]
+        for key in sorted(a.metrics.keys() | b.metrics.keys()):
+            rows.append((key, _short(a.metrics.get(key)), _short(b.metrics.get(key))))
+        for key in sorted(a.snapshots.keys() | b.snapshots.keys()):
+            rows.append((f"snapshot of {key}", a.snapshots.get(key), b.snapshots.get(key)))
+        for name, left, right in rows:
+            print(f"{name:<24} {left!s:<24} {right}")
+        same = sum(a.files.get(name) == digest for name, digest in b.files.items())
+        print(f"{'files that are equal':<24} {same} of {len(a.files.keys() | b.files.keys())}")
+
+
+registry_command = (
+    Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Promote, tyro.conf.subcommand("promote")]
+    | Annotated[Rollback, tyro.conf.subcommand("rollback")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+)
+
+
+def _metrics(version: Version) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in version.metrics.items()) or "-"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,75 @@
+"""`vla-post train`: a learner that follows stores, or a fresh policy cloned from demonstrations."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vla_post.cli.errors import UserError
+from vla_post.training.learner import LearnerConfig, run_until_stopped
+from vla_post.training.signals import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class HgDaggerRun:
+    """HG-DAgger: imitate demonstrations and what people did when they took over.
+
+    Follows the online stores and publishes versions to the registry until it is stopped
+    (SIGINT, SIGTERM), or for --max-updates.
+    """
+
+    config: Annotated[LearnerConfig, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        for name in ("start", "demonstrations"):
+            folder: Path = getattr(self.config, name)
+            if not folder.is_dir():
+                raise UserError(f"--{name} {folder}: no such folder")
+        stop = StopRequest()
+        stop.listen()
+        stop.loading = False
+        status = run_until_stopped(self.config, stop)
+        if status:
+            raise SystemExit(status)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloneRun:
+    """Behaviour cloning: a fresh policy from scripted demonstrations, in the recipe's sizes."""
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """demo_pixels or demo_state."""
+    out: Path
+    """Checkpoint folder to write."""
+    demonstrations: Path | None = None
+    """Store of demonstrations; recorded with the simulator's scripted experts if not given."""
+    updates: int | None = None
+    """The recipe's number by default."""
+    seed: int = 0
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        from vla_post.recipes import recipe
+        from vla_post.recipes.pretrain import pretrain
+
+        chosen = recipe(self.recipe)
+        config = replace(chosen.pretrain, seed=self.seed)
+        if self.updates is not None:
+            config = replace(config, updates=self.updates)
+        with tqdm(total=config.updates, unit="update") as bar:
+
+            def show(update: int, loss: float) -> None:
+                bar.update(update - bar.n)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+            contract = chosen.load_contract()
+            pretrain(config, contract, self.out, demonstrations=self.demonstrations, on_update=show)
+        print(self.out)
+
+
+train_command = (
+    Annotated[HgDaggerRun, tyro.conf.subcommand("hg-dagger")]
+    | Annotated[CloneRun, tyro.conf.subcommand("clone")]
+)

@@ -1,0 +1,100 @@
+"""`vla-post up`: the processes of a cell on this machine, without the ROS launch packages."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup, cell_nodes
+from trajectory_store.contract import load_contract
+from vla_post.cli.errors import UserError
+from vla_post.cli.signals import ends_in_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """Run a cell: supervisor, arbiter, recorder, policy runner, and for a simulated cell its robot.
+
+    The same node list and parameters as the launch files. Crashed nodes are restarted. Ctrl-C ends
+    everything; what was recorded stays readable.
+    """
+
+    contract: Path
+    """The cell's YAML file."""
+    registry: Path | None = None
+    """Run the active version of this registry, and follow it between episodes."""
+    policy: Path | None = None
+    """Run this checkpoint (or export folder, with --backend onnx), whatever is published."""
+    store: Path | None = None
+    """Record into this trajectory store; nothing is recorded without it."""
+    backend: Literal["torch", "onnx"] = "torch"
+    operator: Literal["none", "scripted"] = "none"
+    """scripted: simulated cells only; runs --episodes episodes, then everything ends."""
+    episodes: int = 10
+    """Of the scripted operator."""
+    seed: int = 0
+    """Of the scripted operator's scenes."""
+    takeovers: bool = True
+    """False: the scripted operator only starts and labels episodes."""
+    real_time_factor: float = 1.0
+    """Speed of a simulated cell that is not in lockstep."""
+    logs: Path = Path("logs")
+    """Folder for one log per process."""
+    events_log: Path | None = None
+    """Write every event of the cell to this file, one JSON line each."""
+
+    def run(self) -> None:
+        simulated = bool(load_contract(self.contract).sim)
+        if self.operator == "scripted" and not simulated:
+            raise UserError("the scripted operator drives simulated cells only")
+        for name in ("registry", "policy"):
+            folder: Path | None = getattr(self, name)
+            if folder is not None and not folder.is_dir():
+                raise UserError(f"--{name} {folder}: no such folder")
+        operator = {
+            "episodes": self.episodes,
+            "seed": self.seed,
+            "policy_only": not self.takeovers,
+        }
+        nodes = cell_nodes(
+            CellConfig(
+                contract=self.contract,
+                registry=self.registry,
+                policy=self.policy,
+                backend=self.backend,
+                store=self.store,
+                simulated=simulated,
+                real_time_factor=self.real_time_factor,
+                operator=operator if self.operator == "scripted" else None,
+                events_log=self.events_log,
+            )
+        )
+        try:
+            with (
+                ends_in_order(),
+                ProcessGroup(nodes, log_dir=self.logs, echo=sys.stderr) as group,
+            ):
+                self._watch(group)
+        except BringupError as error:
+            raise UserError(str(error)) from error
+
+    def _watch(self, group: ProcessGroup) -> None:
+        names = ", ".join(group.pids())
+        domain = os.environ.get("ROS_DOMAIN_ID", "0")
+        print(f"up: {names} in ROS domain {domain}; Ctrl-C ends it", file=sys.stderr)
+        while True:
+            for ended in group.poll():
+                if ended.name == "operator" and ended.status == 0:
+                    return
+                if not ended.restarting:
+                    raise BringupError(
+                        f"{ended.name} ended with status {ended.status}, see {ended.log}:\n"
+                        + group.last_words(ended.name)
+                    )
+                print(
+                    f"up: {ended.name} ended with status {ended.status}; starting it again",
+                    file=sys.stderr,
+                )
+            time.sleep(0.1)
