@@ -34,13 +34,17 @@ class Batch:
     next_observation: Observation
     """At step n; the last stored observation when the episode ends inside the chunk."""
     n: Integer[Tensor, " B"]
-    """Valid steps: the bootstrap is gamma**n."""
+    """Steps until `next_observation`: the bootstrap is gamma**n."""
     terminated: Bool[Tensor, " B"]
-    """The chunk ran into a real end (success, failure), never a time-out."""
+    """A real end (success, failure) lies within `n` steps, never a time-out."""
     task: Integer[Tensor, " B"]
     instruction: list[str]
     weight: Float[Tensor, " B"]
     """Of the item in the loss; 1 unless a learner sets it."""
+    left: Integer[Tensor, " B"] | None = None
+    """Steps from the anchor to the end of its episode, the anchor's included."""
+    outcome: Integer[Tensor, " B"] | None = None
+    """How the episode ended: 1 success, -1 failure, 0 anything else."""
 
     @classmethod
     def from_numpy(cls, chunk: ChunkBatch, device: torch.device | str = "cpu") -> Self:
@@ -60,6 +64,8 @@ class Batch:
             task=put(chunk.task),
             instruction=chunk.instruction,
             weight=torch.ones(len(chunk.n), device=device),
+            left=put(chunk.left),
+            outcome=put(chunk.outcome),
         )
 
     def replace(self, **changes: Any) -> Self:

@@ -70,9 +70,13 @@ class ChunkBatch:
     """At step n, or the last stored one when the episode ends inside the chunk; {} if switched
     off."""
     n: np.ndarray
-    """(B,) int64: steps inside the episode; the bootstrap is gamma**n."""
+    """(B,) int64: steps inside the episode, `backup` at most; the bootstrap is gamma**n."""
     terminated: np.ndarray
-    """(B,) bool: a real end lies inside the chunk. A time-out is not one."""
+    """(B,) bool: a real end lies within those steps. A time-out is not one."""
+    left: np.ndarray
+    """(B,) int64: steps from the anchor to the end of its episode, the anchor's included."""
+    outcome: np.ndarray
+    """(B,) int8: how the episode ended. 1 success, -1 failure, 0 anything else."""
     task: np.ndarray
     """(B,) int64, index into `ChunkSampler.tasks`."""
     instruction: list[str]
@@ -82,6 +86,9 @@ class ChunkBatch:
 
     def __len__(self) -> int:
         return len(self.n)
+
+
+_SIGN = {Outcome.SUCCESS: 1, Outcome.FAILURE: -1}
 
 
 def _everything(_: Episode) -> bool:
@@ -192,6 +199,7 @@ class ChunkSampler:
         history: int = 1,
         history_stride: int = 1,
         next_observation: bool = True,
+        backup: int | None = None,
         valid_sources: Sequence[Source] | None = None,
         replacement: bool = True,
         missing: Literal["error", "skip"] = "error",
@@ -208,6 +216,8 @@ class ChunkSampler:
             history: T observations up to the start tick, `history_stride` ticks apart; 1 drops the
                 axis. Before the episode's first tick the first is repeated.
             next_observation: off saves half of the decoding for learners without a critic.
+            backup: steps after which `next_observation`, `n` and `terminated` are read; default: the
+                horizon. A critic of shorter chunks than the policy's sets it.
             valid_sources: `valid` only where one of these commanded (HG-DAgger: HUMAN).
             replacement: False goes through every start tick once per epoch, in a random order.
             missing: what to do about episodes that lack one of `keys`.
@@ -225,6 +235,11 @@ class ChunkSampler:
                 f"horizon {horizon}, batch_size {batch_size}, history {history}, history_stride "
                 f"{history_stride}: each must be at least 1"
             )
+        if backup is not None and not 1 <= backup <= horizon:
+            raise StoreError(
+                f"backup is {backup}; expected between 1 and the horizon, {horizon}: the next "
+                "observation lies at the end of the chunk or before"
+            )
         if isinstance(data, (FleetView, Store)) or not any(isinstance(d, Part) for d in data):
             whole: Any = data
             parts = [Part(data=whole, filter=filter or Filter(), balance_tasks=balance_tasks)]
@@ -238,6 +253,7 @@ class ChunkSampler:
         self._keys = None if keys is None else list(keys)
         self._history, self._stride = history, history_stride
         self._next = next_observation
+        self._backup = horizon if backup is None else backup
         self._valid_sources = None if valid_sources is None else [int(s) for s in valid_sources]
         self._replacement, self._missing = replacement, missing
         self._frame_cache = FrameCache(frame_cache_bytes)
@@ -444,6 +460,7 @@ class ChunkSampler:
         self._ep_first = np.array([e.first_row for e in flat], np.int64)
         self._ep_usable = np.array([e.first_row + self._first_tick(e) for e in flat], np.int64)
         self._ep_end = np.array([e.end_row for e in flat], np.int64)
+        self._ep_outcome = np.array([_SIGN.get(e.outcome, 0) for e in flat], np.int8)
         self._ep_task = np.array([tasks.index(e.task) for e in flat], np.int64)
         self._strata: list[_Stratum] = []
         for i, (part, episodes) in enumerate(zip(self._parts, chosen, strict=True)):
@@ -601,9 +618,10 @@ class ChunkSampler:
         assert self._blocks is not None
         end = self._ep_end[d.episode]
         steps = np.arange(self.horizon)
-        n = np.minimum(end - d.row, self.horizon)
-        inside = steps < n[:, None]
-        chunk_rows = d.row[:, None] + np.minimum(steps, n[:, None] - 1)
+        left = end - d.row
+        n = np.minimum(left, self._backup)
+        inside = steps < left[:, None]
+        chunk_rows = np.minimum(d.row[:, None] + steps, end[:, None] - 1)
         back = self._stride * np.arange(self._history - 1, -1, -1)
         seen_rows = np.maximum(d.row[:, None] - back, self._ep_usable[d.episode][:, None])
         wanted = {"chunk": (chunk_rows, ["action", "reward", "source", "terminated"])}
@@ -641,7 +659,9 @@ class ChunkSampler:
             source=source,
             next_observation=observations[1] if self._next else {},
             n=n,
-            terminated=np.any(chunk["terminated"] & inside, axis=1),
+            terminated=np.any(chunk["terminated"] & (steps < n[:, None]), axis=1),
+            left=left,
+            outcome=self._ep_outcome[d.episode],
             task=self._ep_task[d.episode],
             instruction=[self._instructions[e] for e in d.episode.tolist()],
             part=d.part,

@@ -60,6 +60,8 @@ def test_chunks_end_with_their_episode(numbers):
     # Episode 2 was aborted: its end is a time-out and keeps its bootstrap.
     ends = (tick + 4 >= lengths[episode]) & (episode != 2)
     np.testing.assert_array_equal(batch.terminated, ends)
+    np.testing.assert_array_equal(batch.left, lengths[episode] - tick)
+    np.testing.assert_array_equal(batch.outcome, np.array([1, -1, 0])[episode])
     assert sampler.tasks == ["pick", "place"]
     np.testing.assert_array_equal(batch.task, episode == 1)
     assert batch.instruction[0] == ("Place it" if episode[0] == 1 else "Pick it")
@@ -68,6 +70,22 @@ def test_chunks_end_with_their_episode(numbers):
     assert uuid == numbers.table[episode[7]].uuid
     assert row == int(state[7, 2])
     assert batch.provenance.tick[7] == tick[7]
+
+
+def test_a_critic_may_back_up_over_fewer_steps_than_the_chunk_has(numbers):
+    lengths = np.array([5, 12, 20])
+    batch = next(ChunkSampler(numbers, horizon=4, backup=2, batch_size=500, seed=3))
+    whole = next(ChunkSampler(numbers, horizon=4, batch_size=500, seed=3))
+    episode, tick = batch.observation[STATE].astype(int).T[:2]
+    for name in ("action", "valid", "reward", "left"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name))
+    left = lengths[episode] - tick
+    np.testing.assert_array_equal(batch.n, np.minimum(left, 2))
+    after = np.minimum(tick + batch.n, lengths[episode] - 1)
+    np.testing.assert_array_equal(batch.next_observation[STATE][:, 1], after)
+    np.testing.assert_array_equal(batch.terminated, (left <= 2) & (episode != 2))
+    with pytest.raises(ts.StoreError, match="backup is 5"):
+        ChunkSampler(numbers, horizon=4, backup=5, batch_size=1)
 
 
 @pytest.mark.parametrize(
