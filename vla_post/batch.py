@@ -49,8 +49,7 @@ class Batch:
     @classmethod
     def from_numpy(cls, chunk: ChunkBatch, device: torch.device | str = "cpu") -> Self:
         def put(value: np.ndarray) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(value))
-            return tensor.to(device, non_blocking=True)
+            return to_device(value, device)
 
         return cls(
             observation=observation_from_numpy(chunk.observation, device),
@@ -75,6 +74,15 @@ class Batch:
         return len(self.n)
 
 
+def to_device(value: np.ndarray, device: torch.device | str) -> Tensor:
+    """The array as a tensor. To a GPU it goes through pinned memory, so that the copy runs beside
+    the computation that was queued before it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(value))
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def observation_from_numpy(
     observation: dict[str, np.ndarray], device: torch.device | str = "cpu"
 ) -> Observation:
@@ -84,7 +92,7 @@ def observation_from_numpy(
     """
     out: Observation = {}
     for key, value in observation.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(value)).to(device, non_blocking=True)
+        tensor = to_device(value, device)
         if value.dtype == np.uint8:
             tensor = tensor.movedim(-1, -3).float() / 255.0
         out[key] = tensor

@@ -1,12 +1,14 @@
 """From stores to batches: normalisation statistics, and the mixture that learners draw from."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source
 from trajectory_store.contract import Contract
+from trajectory_store.stats import normalisation
 
 DEMONSTRATIONS, ONLINE = "demonstrations", "online"
 """Names of the mixture's parts."""
@@ -18,24 +20,18 @@ SMALLEST_ACTION_STD = 0.025
 
 
 def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]:
-    """Mean, deviation and range of each vector and of the action, over all rows of a view.
+    """Mean, deviation, range and quantiles of each vector and of the action, over a view's episodes.
 
-    Fixed when a policy is first trained and kept in its checkpoint: a policy whose inputs are
-    rescaled under it forgets.
+    The store measures them, once per snapshot; the deviations get a floor here. Fixed when a policy
+    is first trained and kept in its checkpoint: a policy whose inputs are rescaled under it forgets.
     """
     low, high = np.array(contract.action.limits.position, np.float64).T
     floors = {key: np.full(f.shape, SMALLEST_STD) for key, f in contract.vectors.items()}
     floors["action"] = SMALLEST_ACTION_STD * (high - low)
     out: dict[str, dict[str, Any]] = {}
-    for key, floor in floors.items():
-        rows = [store.read(key, e) for store in view.stores for e in store.episodes]
-        values = np.concatenate(rows).astype(np.float64)
-        out[key] = {
-            "mean": values.mean(axis=0),
-            "std": np.maximum(values.std(axis=0), floor),
-            "min": values.min(axis=0),
-            "max": values.max(axis=0),
-        }
+    for key, found in normalisation(view, keys=list(floors)).items():
+        entry = {name: np.array(value) for name, value in asdict(found).items() if name != "count"}
+        out[key] = entry | {"std": np.maximum(entry["std"], floors[key])}
     return out
 
 
