@@ -20,6 +20,7 @@ POLICY_FILE = "policy.onnx"
 POLICY_CARD = "policy.json"
 
 Backend = Literal["torch", "onnx"]
+RtcForm = Literal["identity", "jacobian"]
 StoredObservation = Mapping[str, np.ndarray]
 """As the store keeps it: vectors float32, images (height, width, 3) uint8."""
 
@@ -35,11 +36,24 @@ class ChunkPolicy(Protocol):
     horizon: int
     action_size: int
     contract_sha256: str
+    takes_previous: bool
+    """`act` can continue a running chunk (real-time chunking); otherwise the caller blends."""
 
     def act(
-        self, observation: StoredObservation, instruction: str, seed: int = 0
+        self,
+        observation: StoredObservation,
+        instruction: str,
+        seed: int = 0,
+        *,
+        previous: Float[np.ndarray, "k A"] | None = None,
+        delay: int = 0,
     ) -> Float[np.ndarray, "H A"]:
         """A chunk in robot units, float32, from one observation without batch axis.
+
+        Args:
+            previous: rows of the chunk that is being executed, from this observation's tick on, in
+                robot units; the new chunk continues it. Only where `takes_previous`.
+            delay: how many of these rows will have been executed when the new chunk arrives.
 
         Raises:
             PolicyInputError: missing feature, wrong shape, or (ONNX) an instruction that the
@@ -63,10 +77,18 @@ class ChunkPolicy(Protocol):
     def close(self) -> None: ...
 
 
-def load_policy(path: str | Path, backend: Backend = "torch", *, threads: int = 1) -> ChunkPolicy:
+def load_policy(
+    path: str | Path,
+    backend: Backend = "torch",
+    *,
+    threads: int = 1,
+    rtc_form: RtcForm = "identity",
+) -> ChunkPolicy:
     """Loads a checkpoint folder (torch) or an export folder (onnx), and warms it up.
 
     Args:
+        rtc_form: of the guidance in real-time chunking, see `vla_post.policies.rtc`. An export has
+            the form that it was exported with.
         threads: of the inference library. More than one makes the latency of small policies vary.
 
     Raises:
@@ -75,7 +97,7 @@ def load_policy(path: str | Path, backend: Backend = "torch", *, threads: int = 
     path = Path(path)
     if backend == "onnx":
         return OnnxPolicy(path, threads=threads)
-    return TorchPolicy(path, threads=threads)
+    return TorchPolicy(path, threads=threads, rtc_form=rtc_form)
 
 
 def draw_noise(
@@ -109,7 +131,9 @@ def check_observation(
 class TorchPolicy:
     """A checkpoint through PyTorch, on the CPU or the GPU that the checkpoint's config names."""
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
+    takes_previous = True
+
+    def __init__(self, path: Path, *, threads: int = 1, rtc_form: RtcForm = "identity") -> None:
         card = read_card(path)
         import torch
 
@@ -119,14 +143,22 @@ class TorchPolicy:
         self._torch = torch
         self.policy = LeRobotPolicy.load(path)
         self.contract_sha256 = str(card["contract_sha256"])
+        self.rtc_form: RtcForm = rtc_form
         self._describe()
         self._warm_up()
 
     def act(
-        self, observation: StoredObservation, instruction: str, seed: int = 0
+        self,
+        observation: StoredObservation,
+        instruction: str,
+        seed: int = 0,
+        *,
+        previous: Float[np.ndarray, "k A"] | None = None,
+        delay: int = 0,
     ) -> Float[np.ndarray, "H A"]:
         batch = {key: observation[key][None] for key in self.observation_keys if key in observation}
-        return self.act_batch(batch, [instruction], np.array([seed]))[0]
+        rows = None if previous is None else previous[None]
+        return self._act(batch, [instruction], np.array([seed]), rows, delay)[0]
 
     def act_batch(
         self,
@@ -134,7 +166,18 @@ class TorchPolicy:
         instructions: Sequence[str],
         seeds: Int[np.ndarray, " B"],
     ) -> Float[np.ndarray, "B H A"]:
+        return self._act(observation, instructions, seeds, None, 0)
+
+    def _act(
+        self,
+        observation: StoredObservation,
+        instructions: Sequence[str],
+        seeds: Int[np.ndarray, " B"],
+        previous: Float[np.ndarray, "B k A"] | None,
+        delay: int,
+    ) -> Float[np.ndarray, "B H A"]:
         from vla_post.batch import observation_from_numpy
+        from vla_post.policies.rtc import RtcConfig
 
         check_observation(observation, self._shapes, lead=1)
         inputs = {key: observation[key] for key in self.observation_keys}
@@ -144,6 +187,11 @@ class TorchPolicy:
             observation_from_numpy(inputs, device),
             list(instructions),
             noise=self._torch.from_numpy(noise)[:, None].to(device),
+            previous=None
+            if previous is None
+            else self._torch.from_numpy(previous.astype(np.float32)).to(device),
+            delay=delay,
+            rtc=RtcConfig(form=self.rtc_form),
         )
         return chunk[:, 0].float().cpu().numpy()
 
@@ -186,10 +234,13 @@ class TorchPolicy:
         instruction = next(iter(self.policy.contract.tasks.values())).instruction
         for seed in range(2):
             self.act(blank, instruction, seed)
+        self.act(blank, instruction, previous=np.zeros((1, self.action_size), np.float32))
 
 
 class OnnxPolicy:
     """An exported policy through ONNX Runtime; `policy.json` says what the file expects."""
+
+    takes_previous = False
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
         import onnxruntime
@@ -232,8 +283,16 @@ class OnnxPolicy:
         self._check_example(path)
 
     def act(
-        self, observation: StoredObservation, instruction: str, seed: int = 0
+        self,
+        observation: StoredObservation,
+        instruction: str,
+        seed: int = 0,
+        *,
+        previous: Float[np.ndarray, "k A"] | None = None,
+        delay: int = 0,
     ) -> Float[np.ndarray, "H A"]:
+        if previous is not None:
+            raise PolicyInputError("this export cannot continue a running chunk; blend instead")
         check_observation(observation, self._shapes, lead=0)
         feeds = {key: _as_network_input(observation[key])[None] for key in self.observation_keys}
         noise = draw_noise(np.array([seed]), self.horizon, self._width)

@@ -20,6 +20,7 @@ from trajectory_store.contract import Contract, parse_contract
 from vla_post.batch import Batch, Observation
 from vla_post.policies.checkpoint import CARD, CheckpointError, read_card, write_card
 from vla_post.policies.flow_math import euler, flow_loss, interpolate, target_velocity
+from vla_post.policies.rtc import RtcConfig, guided, prefix_weights
 
 VLM_FOLDER = "vlm"
 """Inside a checkpoint: what SmolVLA needs to know of its vision-language model."""
@@ -221,11 +222,36 @@ class LeRobotPolicy:
         n_samples: int = 1,
         *,
         noise: Float[Tensor, "B n H W"] | None = None,
+        previous: Float[Tensor, "B k A"] | None = None,
+        delay: int = 0,
+        rtc: RtcConfig | None = None,
     ) -> Float[Tensor, "B n H A"]:
-        """Sampled chunks in robot units; see `vla_post.batch.Policy`."""
-        with torch.inference_mode():
-            context = self.encode(observation, instruction)
-            return self.sample(context, len(instruction), n_samples, noise=noise)
+        """Sampled chunks in robot units; see `vla_post.batch.Policy`.
+
+        Args:
+            previous: rows of the chunk that is being executed, from this observation's tick on, in
+                robot units: the new chunk continues it (`vla_post.policies.rtc`).
+            delay: how many of these rows will have been executed when the new chunk arrives.
+        """
+        if previous is None:
+            with torch.inference_mode():
+                context = self.encode(observation, instruction)
+                return self.sample(context, len(instruction), n_samples, noise=noise)
+        with torch.no_grad():  # inference tensors could not carry the guidance's gradient
+            rows = previous[:, : self.horizon]
+            overlap = rows.shape[1]
+            rows = nn.functional.pad(rows, (0, 0, 0, self.horizon - overlap))
+            inputs = self._inputs(observation, instruction, action=rows)
+            rtc = rtc or RtcConfig()
+            weights = prefix_weights(delay, overlap, self.horizon, rtc.schedule)
+            padding = self.noise_size - self.action_size
+            follow = (
+                nn.functional.pad(inputs.pop("action"), (0, padding)),
+                nn.functional.pad(weights[:, None].repeat(1, self.action_size), (0, padding)),
+                rtc,
+            )
+            context = self.head.encode(inputs)
+            return self.sample(context, len(instruction), n_samples, noise=noise, follow=follow)
 
     def sample(
         self,
@@ -234,8 +260,13 @@ class LeRobotPolicy:
         n_samples: int = 1,
         *,
         noise: Float[Tensor, "B n H W"] | None = None,
+        follow: tuple[Tensor, Tensor, RtcConfig] | None = None,
     ) -> Float[Tensor, "B n H A"]:
-        """Integrates the flow from noise to chunks, and un-normalises them."""
+        """Integrates the flow from noise to chunks, and un-normalises them.
+
+        Args:
+            follow: (previous (B, H, W), weights (H, W), config) of `vla_post.policies.rtc`.
+        """
         shape = (batch_size, n_samples, self.horizon, self.noise_size)
         if noise is None:
             noise = torch.randn(shape, device=self.device)
@@ -243,11 +274,16 @@ class LeRobotPolicy:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
         if n_samples > 1:
             context = self.head.repeat(context, n_samples)
-        x = euler(
-            lambda x, time: self.head.velocity(context, x, time),
-            noise.flatten(0, 1),
-            self.head.denoising_steps,
-        )
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            return self.head.velocity(context, x, time)
+
+        field = velocity
+        if follow is not None:
+            previous, weights, rtc = follow
+            previous = previous.repeat_interleave(n_samples, dim=0)
+            field = guided(velocity, previous, weights.to(previous), rtc)
+        x = euler(field, noise.flatten(0, 1), self.head.denoising_steps)
         action = self.unnormalise(x[..., : self.action_size])
         return action.unflatten(0, (batch_size, n_samples))
 

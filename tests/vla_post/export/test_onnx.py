@@ -134,3 +134,15 @@ def test_reload_takes_other_weights(folders: tuple[Path, Path], tmp_path: Path):
     assert np.abs(policy.act(observation(0), TEXT, 0) - before).max() > 1e-3
     policy.reload(folders[0])
     np.testing.assert_array_equal(policy.act(observation(0), TEXT, 0), before)
+
+
+def test_a_checkpoint_continues_a_running_chunk(folders: tuple[Path, Path]):
+    """Rows that will have run when the new chunk arrives stay nearly as they were."""
+    previous = np.full((5, CONTRACT.action.size), 0.8, np.float32)
+    for form in ("identity", "jacobian"):
+        policy = load_policy(folders[0], rtc_form=form)
+        free = policy.act(observation(1), TEXT, 3)
+        follows = policy.act(observation(1), TEXT, 3, previous=previous, delay=3)
+        assert follows.shape == free.shape
+        assert np.abs(follows[:3] - 0.8).mean() < 0.2 * np.abs(free[:3] - 0.8).mean()
+        assert np.isfinite(follows).all()
