@@ -1,18 +1,19 @@
-"""The nouns that the learners share: `Batch`, `Policy`, `Learner`, `Metrics`.
+"""The nouns that the learners share: `Batch`, `Policy`, `Algorithm`, `Learner`, `Metrics`.
 
 B batch, H chunk length, A action size, F feature size. Flow time everywhere in this project: noise
 at t = 0, data at t = 1, velocity = data - noise; adapters convert (docs/concepts.md).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
-from trajectory_store import ChunkBatch
+from trajectory_store import ChunkBatch, Contract, Source
 
 Metrics = dict[str, float]
 Observation = dict[str, Tensor]
@@ -128,12 +129,82 @@ class Policy(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataNeeds:
+    """What an algorithm wants in its batches; `training.data.mixture` draws accordingly.
+
+    Demonstrations always give chunks from every tick, whoever drove; the fields that speak of who
+    drove are about what robots recorded.
+    """
+
+    sources: tuple[Source, ...] | None = None
+    """Online chunks start only where one of these drove, and only such ticks count as something new
+    to learn from. None: anyone."""
+    valid_sources: tuple[Source, ...] | None = None
+    """`Batch.valid` only where one of these drove. None: anyone."""
+    next_observation: bool = False
+    """Load `Batch.next_observation`; costs a second observation per item."""
+    keys: tuple[str, ...] = ()
+    """Observation features beside those that the policy sees."""
+
+
 @runtime_checkable
 class Learner(Protocol):
-    """One algorithm. Owns its optimiser; borrows the policy."""
+    """One algorithm at work. Owns its optimiser and its own networks; borrows the policy."""
 
-    def update(self, batch: Batch) -> Metrics: ...
+    rate_scale: float
+    """Factor on the learning rate, for runs whose end is known."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    @property
+    def updates(self) -> int:
+        """Optimiser steps so far."""
+        ...
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Networks beside the policy, such as a critic. The trainer switches them to training mode,
+        saves and restores their weights, and publishes each as NAME.safetensors with the policy."""
+        ...
+
+    def update(self, batch: Batch) -> Metrics:
+        """One update; "loss" is among the metrics.
+
+        Raises:
+            NonFiniteLoss: nothing has been changed.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `update` needs to go on, less the weights of policy and `modules`."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """An algorithm's knobs, what data it wants, and how its learner is built.
+
+    A subclass in a file of `learners/` is the whole interface of an algorithm; its name and place
+    stand in `training.algorithms.ALGORITHMS`.
+    """
+
+    def data(self, contract: Contract) -> DataNeeds:
+        """What its batches must hold."""
+        return DataNeeds()
+
+    def build(
+        self, policy: Policy, parameters: Sequence[nn.Parameter], contract: Contract
+    ) -> Learner:
+        """The learner.
+
+        Args:
+            parameters: of the policy, on its device.
+            contract: of the cell: rates, limits and observation shapes.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how its learner is built")
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised before the optimiser steps, so that the last
+    weights are good. `training` saves the batch."""

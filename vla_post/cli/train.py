@@ -1,22 +1,24 @@
-"""`vla-post train`: a learner that follows stores, or a fresh policy cloned from demonstrations."""
+"""`vla-post train`: a learner that follows stores, or a fresh policy cloned from demonstrations.
+
+`vla-post train NAME` for every algorithm of `training.algorithms`, and `vla-post train clone`.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union, cast
 
 import tyro
 
 from vla_post.cli.errors import UserError
+from vla_post.training.algorithms import subcommands
 from vla_post.training.learner import LearnerConfig, run_until_stopped
 from vla_post.training.signals import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class HgDaggerRun:
-    """HG-DAgger: imitate demonstrations and what people did when they took over.
-
-    Follows the online stores and publishes versions to the registry until it is stopped
-    (SIGINT, SIGTERM), or for --max-updates.
+class LearnerRun:
+    """A learner process: follows the stores and publishes versions to the registry until it is
+    stopped (SIGINT, SIGTERM), or for --max-updates.
     """
 
     config: Annotated[LearnerConfig, tyro.conf.arg(name="")]
@@ -69,7 +71,9 @@ class CloneRun:
         print(self.out)
 
 
-train_command = (
-    Annotated[HgDaggerRun, tyro.conf.subcommand("hg-dagger")]
-    | Annotated[CloneRun, tyro.conf.subcommand("clone")]
-)
+train_command = cast(Any, Union)[
+    (
+        *subcommands(lambda config: LearnerRun(config=config)),
+        Annotated[CloneRun, tyro.conf.subcommand("clone")],
+    )
+]

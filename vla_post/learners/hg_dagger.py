@@ -7,7 +7,7 @@ the mask is per chunk element: a chunk that starts under the human and reaches p
 learns its first part only. B batch, H chunk length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,32 +15,25 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from trajectory_store import Source
-from vla_post.batch import Batch, Metrics, Policy
+from trajectory_store import Contract, Source
+from vla_post.batch import Batch, DataNeeds, Metrics, Policy
+from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
 
 SUPERVISED = (Source.HUMAN, Source.SCRIPTED)
 """Who is worth imitating: a person who took over, and whoever gave the demonstrations."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HgDaggerConfig:
-    learning_rate: float = 5e-4
-    """Of AdamW, after the warm-up. Constant: nobody knows when an online run ends."""
-    warmup_updates: int = 50
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 10.0
-    """Longer gradients are scaled down to this length."""
+class HgDaggerConfig(GradientAlgorithm):
+    """HG-DAgger: imitate demonstrations and what people did when they took over."""
 
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if self.warmup_updates < 0 or self.weight_decay < 0 or self.max_grad_norm <= 0:
-            raise ValueError(
-                f"warmup_updates {self.warmup_updates}, weight_decay {self.weight_decay}, "
-                f"max_grad_norm {self.max_grad_norm}: the first two must not be negative, the last "
-                "must be above 0"
-            )
+    def data(self, contract: Contract) -> DataNeeds:
+        return DataNeeds(sources=SUPERVISED)
+
+    def build(
+        self, policy: Policy, parameters: Sequence[nn.Parameter], contract: Contract
+    ) -> "HgDagger":
+        return HgDagger(policy, parameters, self)
 
 
 def imitated_steps(
@@ -68,10 +61,7 @@ def hg_dagger_loss(
     """
     effective = weight * imitated.any(dim=1)
     loss = (effective * chunk_loss).sum() / effective.sum().clamp(min=1e-8)
-    return loss, {
-        "loss": float(loss.detach()),
-        "imitated_share": float(imitated.float().mean()),
-    }
+    return loss, {"imitated_share": float(imitated.float().mean())}
 
 
 class HgDagger:
@@ -81,53 +71,26 @@ class HgDagger:
         self, policy: Policy, parameters: Sequence[nn.Parameter], config: HgDaggerConfig
     ) -> None:
         self.policy, self.config = policy, config
-        self.parameters = list(parameters)
-        self.updates = 0
+        self.optimizer = GuardedAdamW(parameters, config)
         self.rate_scale = 1.0
-        """Factor on the learning rate, for runs whose end is known."""
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+
+    @property
+    def updates(self) -> int:
+        return self.optimizer.updates
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {}
 
     def update(self, batch: Batch) -> Metrics:
-        """One optimiser step.
-
-        Raises:
-            NonFiniteLoss: loss or gradient is NaN or infinite; nothing has been changed.
-        """
+        """One optimiser step; see `Learner`."""
         imitated = imitated_steps(batch.source, batch.valid)
         chunk_loss = self.policy.chunk_loss(batch.replace(valid=imitated))
         loss, metrics = hg_dagger_loss(chunk_loss, imitated, batch.weight)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            raise NonFiniteLoss(
-                f"loss {loss.item()} and gradient norm {norm.item()} at update {self.updates}; the "
-                "weights are untouched. Look for NaN or huge values in the saved batch"
-            )
-        self.updates += 1
-        rate = min(1.0, self.updates / max(self.config.warmup_updates, 1))
-        rate *= self.config.learning_rate * self.rate_scale
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        return metrics | {
-            "grad_norm": float(norm),
-            "learning_rate": rate,
-        }
+        return self.optimizer.step(loss, self.rate_scale) | metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "optimizer": self.optimizer.state_dict()}
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = int(state["updates"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-class NonFiniteLoss(RuntimeError):
-    """Raised before the optimiser steps, so the last weights are good."""
+        self.optimizer.load_state_dict(state)

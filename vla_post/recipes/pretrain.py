@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from trajectory_store import FleetView
@@ -37,7 +37,7 @@ class PretrainConfig:
     """Of the demonstrator's hand, in units of half the action's range."""
     final_rate: float = 0.1
     """The learning rate falls along a cosine to this share of its peak."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig
     seed: int = 0
 
 
@@ -101,7 +101,6 @@ def pretrain(
             contract,
             batch_size=config.train.batch_size,
             online_share=0.5,
-            sources=(),
             seed=config.train.seed,
             keys=policy.observation_keys,
         )

@@ -9,6 +9,7 @@ import numpy as np
 from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source
 from trajectory_store.contract import Contract
 from trajectory_store.stats import normalisation
+from vla_post.batch import DataNeeds
 
 DEMONSTRATIONS, ONLINE = "demonstrations", "online"
 """Names of the mixture's parts."""
@@ -42,7 +43,7 @@ def mixture(
     *,
     batch_size: int,
     online_share: float,
-    sources: Sequence[Source],
+    needs: DataNeeds | None = None,
     seed: int = 0,
     keys: Sequence[str] | None = None,
     workers: int = 0,
@@ -50,8 +51,10 @@ def mixture(
     """Tasks uniform; demonstrations never below 1 - `online_share`, and all until more comes.
 
     Args:
-        online: what robots recorded; chunks start where one of `sources` drove.
+        online: what robots recorded; chunks start where one of `needs.sources` drove.
+        keys: observation features to load beside those of `needs`; None loads all.
     """
+    needs = needs or DataNeeds()
     parts = [
         Part(
             data=demonstrations,
@@ -66,7 +69,7 @@ def mixture(
                 data=online,
                 name=ONLINE,
                 weight=online_share,
-                filter=Filter(sources=list(sources)),
+                filter=Filter(sources=needs.sources),
                 balance_tasks=True,
             )
         )
@@ -75,16 +78,18 @@ def mixture(
         horizon=contract.chunk_horizon,
         batch_size=batch_size,
         seed=seed,
-        keys=keys,
-        next_observation=False,
+        keys=None if keys is None else list(dict.fromkeys((*keys, *needs.keys))),
+        next_observation=needs.next_observation,
+        valid_sources=needs.valid_sources,
         workers=workers,
         frame_cache_bytes=256 << 20,
     )
 
 
-def rows_by(view: FleetView, sources: Sequence[Source]) -> int:
-    """Ticks of finished episodes that one of `sources` commanded."""
-    return sum(e.ticks_by(source) for e in view.episodes for source in sources)
+def rows_by(view: FleetView, sources: Sequence[Source] | None) -> int:
+    """Ticks of finished episodes that one of `sources` commanded; None counts all."""
+    wanted = tuple(Source) if sources is None else sources
+    return sum(e.ticks_by(source) for e in view.episodes for source in wanted)
 
 
 def recorded_observations(

@@ -4,7 +4,7 @@ It follows the online stores, draws the mixture of demonstrations and interventi
 politely while there is nothing new to learn from. SIGINT and SIGTERM end it in order: what was
 learned is published, the state is saved for `resume`, and the exit status is 0.
 
-    python -m vla_post.training --start CHECKPOINT --demonstrations STORE --online FOLDER \
+    vla-post train hg-dagger --start CHECKPOINT --demonstrations STORE --online FOLDER \
         --registry FOLDER --run FOLDER
 """
 
@@ -15,13 +15,13 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trajectory_store import ChunkSampler, FleetView, NotAStore
+from vla_post.batch import NonFiniteLoss
 from vla_post.export.registry import Registry
-from vla_post.learners.hg_dagger import SUPERVISED, NonFiniteLoss
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, rows_by
 from vla_post.training.metrics import MetricsLog
@@ -37,15 +37,15 @@ class LearnerConfig:
     start: Path
     """Checkpoint to start from; published as the first version if the registry is empty."""
     demonstrations: Path
-    """Stores whose every step is imitated."""
-    online: Path
-    """Stores that robots are writing, or will write."""
+    """Stores that are never forgotten."""
+    online: Path | None = None
+    """Stores that robots write, or will write; without it, learns from demonstrations alone."""
     registry: Path
     run: Path
     """Of `metrics.jsonl` and of the state for `resume`."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig
     online_share: float = 0.5
-    """Share of interventions in each batch, once there are any; demonstrations get the rest."""
+    """Share of what robots recorded in each batch, once there is any; the rest: demonstrations."""
     publish_s: float = 10.0
     """Wall time between versions, at least."""
     publish_updates: int = 50
@@ -53,7 +53,7 @@ class LearnerConfig:
     refresh_s: float = 1.0
     """How often the online stores are looked at."""
     max_reuse: float = 40.0
-    """How often each intervention step may be drawn on average before the learner waits for more.
+    """How often each online step may be drawn on average before the learner waits for more.
     Keeps a fast learner from memorising what a slow robot gave it."""
     max_updates: int = 0
     """Stop after so many; 0 goes on until it is told to stop."""
@@ -90,6 +90,7 @@ class LearnerProcess:
         self.policy = LeRobotPolicy.load(source)
         self.contract = self.policy.contract
         self.trainer = Trainer(self.policy, config.train)
+        self.needs = config.train.algorithm.data(self.contract)
         self._drawn = 0.0
         self._parent: int | None = None
         self._published_at = 0
@@ -154,7 +155,7 @@ class LearnerProcess:
                     "update": self.trainer.updates,
                     **row,
                     "online_share": online / len(chunk),
-                    "intervention_rows": self._rows,
+                    "online_rows": self._rows,
                     "load_s": round(loaded - started, 4),
                     "update_s": round(time.monotonic() - loaded, 4),
                     "waited_s": waited_s,
@@ -170,6 +171,10 @@ class LearnerProcess:
         """Sees what robots have finished recording since the last time."""
         self._looked = time.monotonic()
         self.looks += 1
+        if self.config.online is None:
+            if self._sampler is None:
+                self._sampler = self._mixture()
+            return
         if self._online is None:
             try:
                 self._online = FleetView(self.config.online)
@@ -178,26 +183,32 @@ class LearnerProcess:
             found = True
         else:
             found = self._online.refresh()
-        rows = rows_by(self._online, SUPERVISED) if found else self._rows
+        rows = rows_by(self._online, self.needs.sources) if found else self._rows
         if rows == self._rows:
             return
         self._rows = rows
         # A new sampler per change: the mixture's parts may have appeared since, and it is cheap.
         if self._sampler is not None:
             self._sampler.close()
-        self._sampler = mixture(
+        self._sampler = self._mixture()
+
+    def _mixture(self) -> ChunkSampler:
+        return mixture(
             FleetView(self.config.demonstrations),
             self._online,
             self.contract,
             batch_size=self.config.train.batch_size,
             online_share=self.config.online_share,
-            sources=SUPERVISED,
+            needs=self.needs,
             seed=self.config.train.seed * 1_000_003 + self.trainer.updates,
             keys=self.policy.observation_keys,
         )
 
     def _may_learn(self) -> bool:
-        return self._sampler is not None and self._drawn < self.config.max_reuse * self._rows
+        if self._sampler is None:
+            return False
+        offline = self.config.online is None
+        return offline or self._drawn < self.config.max_reuse * self._rows
 
     def _publish_start(self) -> None:
         """Robots need a first version; a registry that has one keeps it."""
@@ -220,7 +231,7 @@ class LearnerProcess:
                 parent=self._parent,
                 learner_step=self.trainer.updates,
                 snapshots={} if self._sampler is None else self._sampler.snapshot_ids,
-                metrics={"intervention_rows": self._rows, "updates": self.trainer.updates},
+                metrics={"online_rows": self._rows, "updates": self.trainer.updates},
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -228,14 +239,6 @@ class LearnerProcess:
         self._published_at, self._published_s = self.trainer.updates, time.monotonic()
         metrics.write({"published": version.number, "at_update": self.trainer.updates})
         log.info("published %s after %d updates", version.name, self.trainer.updates)
-
-
-def main(argv: list[str] | None = None, *, stop: threading.Event | None = None) -> int:
-    """Runs the process until `stop` is set. Returns the exit status."""
-    import tyro
-
-    config = tyro.cli(LearnerConfig, args=argv, description=__doc__)
-    return run_until_stopped(config, stop)
 
 
 def run_until_stopped(config: LearnerConfig, stop: threading.Event | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from trajectory_store import ChunkBatch
-from vla_post.batch import Batch, Metrics
-from vla_post.learners.hg_dagger import HgDagger, HgDaggerConfig, NonFiniteLoss
+from vla_post.batch import Algorithm, Batch, Learner, Metrics, NonFiniteLoss
 from vla_post.policies.lerobot_adapter import LeRobotPolicy, load_weights
 from vla_post.training.ema import Ema
 from vla_post.training.state import load_state, save_state
@@ -23,7 +22,7 @@ from vla_post.transforms import shift_images
 class TrainConfig:
     """How a policy is trained, whatever it is trained on."""
 
-    algorithm: HgDaggerConfig = field(default_factory=HgDaggerConfig)
+    algorithm: Algorithm
     batch_size: int = 32
     """Chunks per update."""
     flow_samples: int = 1
@@ -49,7 +48,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.policy, self.config = policy, config
         policy.flow_samples = config.flow_samples
-        self.learner = HgDagger(policy, list(policy.parameters()), config.algorithm)
+        parameters = list(policy.parameters())
+        self.learner: Learner = config.algorithm.build(policy, parameters, policy.contract)
         self.ema = Ema(policy.module, config.ema_decay)
 
     @property
@@ -68,7 +68,8 @@ class Trainer:
         batch = Batch.from_numpy(chunk, self.policy.device)
         shifted = shift_images(batch.observation, self.config.image_shift)
         batch = batch.replace(observation=shifted)
-        self.policy.module.train()
+        for module in (self.policy.module, *self.learner.modules.values()):
+            module.train()
         try:
             metrics = self.learner.update(batch)
         except NonFiniteLoss as error:
@@ -80,13 +81,18 @@ class Trainer:
         return metrics
 
     def save_policy(self, folder: Path) -> Path:
-        """A checkpoint with the averaged weights: the one to run."""
-        return self.policy.save(folder, state_dict=self.ema.weights)
+        """A checkpoint with the averaged weights, the one to run, and the learner's networks."""
+        self.policy.save(folder, state_dict=self.ema.weights)
+        for name, module in self.learner.modules.items():
+            weights = {key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()}
+            save_file(weights, folder / f"{name}.safetensors")
+        return folder
 
     def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
         """Everything that `resume` needs, into `folder`."""
         state = {
             "learner": self.learner.state_dict(),
+            "modules": {name: m.state_dict() for name, m in self.learner.modules.items()},
             "ema": {"updates": self.ema.updates, "weights": self.ema.weights},
             "random": torch.get_rng_state(),
             "extra": dict(extra),
@@ -99,6 +105,8 @@ class Trainer:
         state = load_state(folder, "state")
         load_weights(self.policy.module, folder / "policy")
         self.learner.load_state_dict(state["learner"])
+        for name, module in self.learner.modules.items():
+            module.load_state_dict(state["modules"][name])
         self.ema.updates = int(state["ema"]["updates"])
         self.ema.weights = state["ema"]["weights"]
         torch.set_rng_state(state["random"])

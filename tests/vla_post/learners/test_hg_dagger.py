@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from trajectory_store import Source
-from vla_post.batch import Batch
+from vla_post.batch import Batch, NonFiniteLoss
 from vla_post.learners.hg_dagger import (
     HgDagger,
     HgDaggerConfig,
-    NonFiniteLoss,
     hg_dagger_loss,
     imitated_steps,
 )

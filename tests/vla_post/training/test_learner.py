@@ -15,9 +15,10 @@ import torch
 
 from trajectory_store import FleetView, Outcome, Source, StoreWriter, Tick
 from trajectory_store.contract import Contract, load_contract
+from vla_post.batch import DataNeeds, NonFiniteLoss
 from vla_post.export.registry import Registry
 from vla_post.export.runtime import load_policy
-from vla_post.learners.hg_dagger import HgDaggerConfig, NonFiniteLoss
+from vla_post.learners.hg_dagger import HgDaggerConfig
 from vla_post.policies.build import build_policy
 from vla_post.training.data import mixture, recorded_observations, rows_by, statistics
 from vla_post.training.ema import Ema
@@ -146,7 +147,7 @@ def test_sigterm_ends_in_order(folders: Path, contract: Contract):
     names = ("start", "demonstrations", "online", "registry", "run")
     words = [w for name in names for w in (f"--{name}", str(folders / name))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "vla_post.training", *words, "--no-mirror"],
+        [sys.executable, "-m", "vla_post.cli.main", "train", "hg-dagger", *words, "--no-mirror"],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -169,10 +170,12 @@ def test_a_bad_batch_is_saved_and_the_weights_stay(folders: Path, contract: Cont
 
     from vla_post.policies.lerobot_adapter import LeRobotPolicy
 
-    trainer = Trainer(LeRobotPolicy.load(folders / "start"), TrainConfig(batch_size=8))
+    trainer = Trainer(
+        LeRobotPolicy.load(folders / "start"), TrainConfig(algorithm=HgDaggerConfig(), batch_size=8)
+    )
     before = {k: v.clone() for k, v in trainer.policy.module.state_dict().items()}
     view = FleetView(folders / "demonstrations")
-    chunk = next(mixture(view, None, contract, batch_size=8, online_share=0.5, sources=()))
+    chunk = next(mixture(view, None, contract, batch_size=8, online_share=0.5))
     chunk.action[0, 0, 0] = np.nan
     with pytest.raises(NonFiniteLoss, match="bad"):
         trainer.step(chunk, save_bad_batch=folders / "bad.safetensors")
@@ -191,7 +194,7 @@ def test_mixture_draws_only_what_people_did_from_online_stores(folders: Path, co
         contract,
         batch_size=400,
         online_share=0.25,
-        sources=(Source.HUMAN,),
+        needs=DataNeeds(sources=(Source.HUMAN,)),
     )
     chunk = next(sampler)
     assert (chunk.source[chunk.part == 1][:, 0] == Source.HUMAN).all()

@@ -1,0 +1,79 @@
+"""The optimiser that learners share: AdamW with warm-up, clipped gradients, no step into NaN."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vla_post.batch import Algorithm, Metrics, NonFiniteLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAlgorithm(Algorithm):
+    """Knobs of an algorithm whose update of the policy is one AdamW step."""
+
+    learning_rate: float = 5e-4
+    """Of AdamW, after the warm-up. Constant: nobody knows when an online run ends."""
+    warmup_updates: int = 50
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 10.0
+    """Longer gradients are scaled down to this length."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if self.warmup_updates < 0 or self.weight_decay < 0 or self.max_grad_norm <= 0:
+            raise ValueError(
+                f"warmup_updates {self.warmup_updates}, weight_decay {self.weight_decay}, "
+                f"max_grad_norm {self.max_grad_norm}: the first two must not be negative, the last "
+                "must be above 0"
+            )
+
+
+class GuardedAdamW:
+    """AdamW that checks loss and gradient before it changes anything."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: GradientAlgorithm) -> None:
+        self.parameters = list(parameters)
+        self.config = config
+        self.updates = 0
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def step(self, loss: Float[Tensor, ""], rate_scale: float = 1.0) -> Metrics:
+        """One step against the gradient of `loss`.
+
+        Raises:
+            NonFiniteLoss: loss or gradient is NaN or infinite; nothing has been changed.
+        """
+        self.adamw.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise NonFiniteLoss(
+                f"loss {loss.item()} and gradient norm {norm.item()} at update {self.updates}; the "
+                "weights are untouched. Look for NaN or huge values in the saved batch"
+            )
+        self.updates += 1
+        rate = min(1.0, self.updates / max(self.config.warmup_updates, 1))
+        rate *= self.config.learning_rate * rate_scale
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        return {"loss": float(loss.detach()), "grad_norm": float(norm), "learning_rate": rate}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "optimizer": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        self.adamw.load_state_dict(state["optimizer"])
