@@ -80,6 +80,7 @@ class EpisodeAssembler:
         self._start_ns: int | None = None
         self._ending: Ending | None = None
         self._ending_mono_s = 0.0
+        self._heard_mono_s = 0.0
         self._previous: Tick | None = None
         self._last_row_ns = -1
         self._dropped: set[str] = set()
@@ -108,6 +109,7 @@ class EpisodeAssembler:
         self._human.append((stamp_ns, command))
 
     def executed(self, stamp_ns: int, command: Vector, label: str, mono_s: float) -> None:
+        self._heard_mono_s = mono_s
         if self._executed and stamp_ns <= self._executed[-1].stamp_ns:
             return  # a tick that the arbiter said again
         self._executed.append(Executed(stamp_ns, command, label, mono_s))
@@ -169,7 +171,8 @@ class EpisodeAssembler:
             return False
         if any(e.stamp_ns > self._ending.stamp_ns for e in self._executed):
             return True
-        return mono_s - self._ending_mono_s >= self.grace_s
+        # The end may overtake a whole queue of ticks: wait until no more come.
+        return mono_s - max(self._ending_mono_s, self._heard_mono_s) >= self.grace_s
 
     def finish(self) -> tuple[Tick | None, list[RateCheck]]:
         """The last row, with the reward and the flags of the end, and the streams' rates."""

@@ -26,6 +26,7 @@ from robot_bridge.core.joints import JointReader, NamesError
 from robot_bridge.nodes.common import (
     STEADY,
     CellNode,
+    deliver,
     latched,
     monotonic_s,
     reliable,
@@ -115,6 +116,8 @@ class ArbiterNode(CellNode):
         for name in ("_command", "_executed", "_state", "_estop"):
             publisher = self.__dict__.pop(f"{name}_publisher", None)
             if publisher is not None:
+                if name == "_executed":
+                    deliver(publisher)  # what was executed is recorded, to the last tick
                 self.destroy_publisher(publisher)
 
     def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:

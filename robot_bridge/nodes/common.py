@@ -9,6 +9,7 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
+from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
@@ -20,6 +21,10 @@ from robot_bridge.dds import use_default_profile
 from trajectory_store.contract import Contract, ContractError, load_contract
 
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
+DELIVERY_S = 2.0
+"""A reader that has died is waited for at most so long."""
+LINGER_S = 5.0
+"""How long a node that was told to stop may go on with what `CellNode.unfinished` names."""
 
 
 def reliable(depth: int) -> QoSProfile:
@@ -46,6 +51,11 @@ def stamp_ns(stamp: Any) -> int:
 
 def set_stamp(stamp: Any, ns: int) -> None:
     stamp.sec, stamp.nanosec = divmod(ns, 1_000_000_000)
+
+
+def deliver(publisher: Any) -> None:
+    """Before a publisher goes: waits until the readers that are there have its last messages."""
+    publisher.wait_for_all_acked(Duration(seconds=DELIVERY_S))
 
 
 class UserError(Exception):
@@ -90,6 +100,10 @@ class CellNode(LifecycleNode):
 
     def stopped(self) -> None:
         """The node is no longer active."""
+
+    def unfinished(self) -> bool:
+        """After a signal: is there work that must not be cut off? Asked again until `LINGER_S`."""
+        return False
 
     def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
         """Level, one line, values."""
@@ -186,6 +200,9 @@ def run(make: Callable[[], Node], arguments: list[str] | None = None) -> int:
             status = 1
         while not (stop or status or getattr(node, "finished", False)):
             executor.spin_once(timeout_sec=0.5)
+        deadline = monotonic_s() + LINGER_S
+        while isinstance(node, CellNode) and node.unfinished() and monotonic_s() < deadline:
+            executor.spin_once(timeout_sec=0.05)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except (UserError, ContractError) as error:

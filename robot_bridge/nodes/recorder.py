@@ -3,10 +3,11 @@
     python -m robot_bridge.nodes.recorder --ros-args -r __ns:=/CELL -p contract:=FILE -p store:=PATH
 
 Its process alone writes the store. Deep queues and true stamps: it may be late, never lossy, and
-nobody waits for it.
+nobody waits for it. Told to stop, it first writes what the last episode still owes.
 """
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +27,17 @@ from robot_bridge.nodes.common import (
     CellNode,
     UserError,
     latched,
-    monotonic_s,
     reliable,
     run,
     stamp_ns,
 )
 from robot_bridge.nodes.streams import Streams
 from trajectory_store import Outcome, Store, StoreError, StoreWriter
+
+DRAIN_S = 0.05
+"""Period in which queued rows are looked at."""
+QUIET_S = 0.5
+"""Told to stop, the recorder leaves when no message has come for so long and no episode runs."""
 
 
 class RecorderNode(CellNode):
@@ -52,12 +57,18 @@ class RecorderNode(CellNode):
         except StoreError as error:
             raise UserError(str(error)) from error
         self._assembler = EpisodeAssembler(self.contract, grace_s=self._grace_s)
-        self._waiting: deque[Event] = deque()
-        """Starts and ends that are to be handled in order."""
+        self._waiting: deque[tuple[Event, bool]] = deque()
+        """Starts and ends that are to be handled in order, and whether each is history."""
         self._episode: Event | None = None
         self._begun = False
         """The store knows of the episode; it does from its first row on."""
         self._known = {episode.uuid for episode in Store(self._path).episodes}
+        self._since_ns = time.time_ns()
+        """Events that were published before are history, told again to a late joiner."""
+        self._now_s = self._heard_s = 0.0
+        """Seconds of attention: a process that was not scheduled for a while has its messages still
+        in the queue, so that time must not count as their silence."""
+        self._leaving = False
         self._version = 0
         self._episodes = self._bad_rows = 0
         self._problem = ""
@@ -72,6 +83,7 @@ class RecorderNode(CellNode):
             images=reliable(100),
             lost=self._assembler.lost,
         )
+        on_event: Any = self._on_event
         self._subscriptions_made = [
             self.create_subscription(
                 JointState, "arbiter/executed", self._on_executed, reliable(1000)
@@ -82,9 +94,9 @@ class RecorderNode(CellNode):
             self.create_subscription(
                 JointState, "teleop/joint_target", self._on_target, reliable(1000)
             ),
-            self.create_subscription(String, "events", self._on_event, latched(200)),
+            self.create_subscription(String, "events", on_event, latched(200)),
         ]
-        self._timers_made = [self.create_timer(0.05, self._drain, clock=STEADY)]
+        self._timers_made = [self.create_timer(DRAIN_S, self._look, clock=STEADY)]
 
     def teardown(self) -> None:
         streams: Streams | None = self.__dict__.pop("_streams", None)
@@ -103,6 +115,12 @@ class RecorderNode(CellNode):
                 writer.close()
             except StoreError as error:
                 self.get_logger().error(str(error))
+
+    def unfinished(self) -> bool:
+        if not self._leaving:
+            self._leaving, self._heard_s = True, self._now_s  # listen once more
+        busy = self._episode is not None or bool(self._waiting)
+        return self.live and (busy or self._now_s - self._heard_s < QUIET_S)
 
     def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
         if not self.live:
@@ -127,7 +145,8 @@ class RecorderNode(CellNode):
             self.get_logger().error(f"arbiter/executed: {error}", throttle_duration_sec=5.0)
             return
         stamp, label = stamp_ns(message.header.stamp), message.header.frame_id
-        self._assembler.executed(stamp, command, label, monotonic_s())
+        self._heard_s = self._now_s
+        self._assembler.executed(stamp, command, label, self._heard_s)
         self._drain()
 
     def _on_chunk(self, message: JointTrajectory) -> None:
@@ -151,7 +170,8 @@ class RecorderNode(CellNode):
             return  # the arbiter refuses it too, and says so
         self._assembler.human(stamp_ns(message.header.stamp), command)
 
-    def _on_event(self, message: String) -> None:
+    def _on_event(self, message: String, info: Any) -> None:
+        self._heard_s = self._now_s
         try:
             event = parse_event(message.data)
         except EventError as error:
@@ -160,38 +180,43 @@ class RecorderNode(CellNode):
         if event.type == EventType.POLICY_SWITCH:
             self._version = event.integer("version")
         elif event.type in (EventType.EPISODE_START, EventType.EPISODE_END):
-            self._waiting.append(event)
+            self._waiting.append((event, info["source_timestamp"] < self._since_ns))
             self._drain()
 
     # Rows
+
+    def _look(self) -> None:
+        self._now_s += DRAIN_S
+        self._drain()
 
     def _drain(self) -> None:
         """Writes what is complete, and handles starts and ends in their order."""
         if not self.live:
             return
-        now = monotonic_s()
+        now = self._now_s
         while True:
             if self._episode is None:
                 if not self._waiting:
                     return
-                self._begin(self._waiting.popleft())
+                self._begin(*self._waiting.popleft())
                 continue
             if self._waiting and not self._assembler.ending:
-                self._announce_end(self._waiting.popleft(), now)
+                self._announce_end(*self._waiting.popleft(), now)
             for row in self._assembler.rows_ready(now):
                 self._append(row)
             if not self._assembler.finished(now):
                 return
             self._finish()
 
-    def _begin(self, event: Event) -> None:
+    def _begin(self, event: Event, history: bool) -> None:
         if event.type != EventType.EPISODE_START:
             return  # the end of an episode that began before this recorder
         uuid = event.text("episode")
-        over = any(later.text("episode") == uuid for later in self._waiting)
-        newer = any(later.type == EventType.EPISODE_START for later in self._waiting)
-        if uuid in self._known or (over and newer):
-            return  # told again to a recorder that was restarted
+        # A recorder that lags behind sees whole episodes in its queue, and records each of them;
+        # only those that were over before it came are gone.
+        over = any(later.text("episode") == uuid for later, _ in self._waiting)
+        if uuid in self._known or (history and over):
+            return
         self._episode, self._begun = event, False
         self._assembler.begin(event.integer("start_stamp_ns"))
 
@@ -211,13 +236,13 @@ class RecorderNode(CellNode):
             notes=f"first row {(first_ns - start_ns) / 1e6:.0f} ms after the start" if late else "",
         )
 
-    def _announce_end(self, event: Event, now: float) -> None:
+    def _announce_end(self, event: Event, history: bool, now: float) -> None:
         assert self._episode is not None
         same = event.text("episode") == self._episode.text("episode")
         if event.type == EventType.EPISODE_START or not same:
             # The supervisor was restarted and the end of our episode was never told.
             self._assembler.end(Ending(event.stamp_ns - 1, Outcome.INTERRUPTED), now)
-            self._waiting.appendleft(event)
+            self._waiting.appendleft((event, history))
             return
         self._assembler.end(
             Ending(

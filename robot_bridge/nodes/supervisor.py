@@ -29,6 +29,7 @@ from robot_bridge.core.events import Event, EventError, EventType, EventWriter, 
 from robot_bridge.nodes.common import (
     STEADY,
     UserError,
+    deliver,
     latched,
     monotonic_s,
     reliable,
@@ -108,6 +109,7 @@ class SupervisorNode(Node):
     def close(self) -> None:
         if self._episode is not None and self._started:
             self._finish("aborted", reason="the supervisor was shut down")
+        deliver(self._events)
         if self._log is not None:
             self._log.close()
 
