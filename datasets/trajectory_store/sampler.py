@@ -216,8 +216,8 @@ class ChunkSampler:
             history: T observations up to the start tick, `history_stride` ticks apart; 1 drops the
                 axis. Before the episode's first tick the first is repeated.
             next_observation: off saves half of the decoding for learners without a critic.
-            backup: steps after which `next_observation`, `n` and `terminated` are read; default: the
-                horizon. A critic of shorter chunks than the policy's sets it.
+            backup: steps after which `next_observation`, `n` and `terminated` are read; default:
+                the horizon. A critic of shorter chunks than the policy's sets it.
             valid_sources: `valid` only where one of these commanded (HG-DAgger: HUMAN).
             replacement: False goes through every start tick once per epoch, in a random order.
             missing: what to do about episodes that lack one of `keys`.

@@ -21,10 +21,11 @@ SMALLEST_ACTION_STD = 0.025
 
 
 def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]:
-    """Mean, deviation, range and quantiles of each vector and of the action, over a view's episodes.
+    """Mean, deviation, range and quantiles of each vector and of the action in a view.
 
-    The store measures them, once per snapshot; the deviations get a floor here. Fixed when a policy
-    is first trained and kept in its checkpoint: a policy whose inputs are rescaled under it forgets.
+    The store measures them, once per snapshot; the deviations get a floor here. Fixed when a
+    policy is first trained and kept in its checkpoint: a policy whose inputs are rescaled under it
+    forgets.
     """
     low, high = np.array(contract.action.limits.position, np.float64).T
     floors = {key: np.full(f.shape, SMALLEST_STD) for key, f in contract.vectors.items()}
