@@ -5,6 +5,7 @@ needs neither torch nor ROS. docs/store.md is the guide.
 """
 
 from trajectory_store.contract import Contract, ContractError, ContractMismatch, load_contract
+from trajectory_store.draws import Filter, Part
 from trajectory_store.errors import (
     BadTick,
     DamagedChunk,
@@ -20,7 +21,7 @@ from trajectory_store.errors import (
     StoreUnavailable,
 )
 from trajectory_store.reader import FleetView, Store
-from trajectory_store.sampler import ChunkBatch, ChunkSampler, Filter, Part, Provenance
+from trajectory_store.sampler import ChunkBatch, ChunkSampler, Provenance
 from trajectory_store.schema import FORMAT, Episode, Outcome, Source, Tick
 from trajectory_store.writer import Health, StoreWriter
 

@@ -1,22 +1,21 @@
 """`ChunkSampler`: action chunks with their observations, from any mixture of stores.
 
 B batch, H chunk length. Rules of docs/concepts.md: a chunk never crosses an episode, `valid` masks
-what would, `n` counts the rest, only `terminated` cuts the bootstrap. Drawing is separate from
-loading: item numbers come from a counter-based generator in the caller's thread, so the sequence
-depends on the seed and the snapshots alone, never on how many threads load.
+what would, `n` counts the rest, only `terminated` cuts the bootstrap. Drawing (`draws.py`) happens
+in the caller's thread and loading in others, so the sequence does not depend on their number.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from trajectory_store.blocks import Blocks, FrameCache, Frames
+from trajectory_store.draws import Data, Draw, Draws, Filter, Part, Place, stores_of
 from trajectory_store.errors import FeatureMissing, NothingToSample, SchemaMismatch, StoreError
-from trajectory_store.permutation import permute
 from trajectory_store.reader import FleetView, Store
 from trajectory_store.schema import Episode, Outcome, Source
 
@@ -88,99 +87,7 @@ class ChunkBatch:
         return len(self.n)
 
 
-_SIGN = {Outcome.SUCCESS: 1, Outcome.FAILURE: -1}
-
-
-def _everything(_: Episode) -> bool:
-    return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filter:
-    """Which episodes count, and at which ticks a chunk may start. None means any."""
-
-    tasks: Sequence[str] | None = None
-    outcomes: Sequence[Outcome] | None = None
-    sources: Sequence[Source] | None = None
-    """A chunk starts only at ticks that one of these commanded."""
-    policy_versions: Sequence[int] | None = None
-    min_policy_version: int | None = None
-    since_ns: int | None = None
-    """Recorded at or after this wall-clock time, ns since 1970."""
-    until_ns: int | None = None
-    operators: Sequence[str] | None = None
-    good_only: bool = False
-    """Leave out episodes that the recorder found problems with."""
-    include_running: bool = False
-    """Also the episode that is being recorded, as far as it is committed."""
-    where: Callable[[Episode], bool] = _everything
-
-    def keeps(self, e: Episode) -> bool:
-        return (
-            (self.include_running or not e.is_open)
-            and not (e.deleted or e.damaged)
-            and len(e) > 0
-            and (self.tasks is None or e.task in self.tasks)
-            and (self.outcomes is None or e.outcome in self.outcomes)
-            and (self.policy_versions is None or e.policy_version in self.policy_versions)
-            and (self.min_policy_version is None or e.policy_version >= self.min_policy_version)
-            and (self.since_ns is None or e.created_ns >= self.since_ns)
-            and (self.until_ns is None or e.created_ns < self.until_ns)
-            and (self.operators is None or e.operator in self.operators)
-            and not (self.good_only and e.problems)
-            and self.where(e)
-        )
-
-
-Data = FleetView | Store | Sequence[Store]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One part of a mixture; its expected share is weight / sum of weights, exactly."""
-
-    data: Data
-    weight: float = 1.0
-    filter: Filter = field(default_factory=Filter)
-    name: str = ""
-    balance_tasks: bool = False
-    """Every task of the part gets the same share, however many episodes it has."""
-    source_weights: Mapping[Source, float] | None = None
-    """Relative weight of a start tick by who commanded it; missing ones count 1."""
-    item_weights: Callable[[Episode], float | np.ndarray] | None = None
-    """Relative weight of an episode's start ticks: one number, or (ticks,) of them."""
-
-
-@dataclass
-class _Stratum:
-    """Start ticks that are drawn alike: a part, or one task of it. Arrays have a row per run."""
-
-    part: int
-    share: float
-    first: np.ndarray
-    """First row of each run of start ticks."""
-    length: np.ndarray
-    store: np.ndarray
-    episode: np.ndarray
-    """Index into the sampler's episode arrays."""
-    weight: np.ndarray
-    """Of one tick of the run."""
-    cum_ticks: np.ndarray
-    cum_weight: np.ndarray
-
-    @property
-    def n_ticks(self) -> int:
-        return int(self.cum_ticks[-1])
-
-
-@dataclass
-class _Draw:
-    """Item numbers of one batch."""
-
-    store: np.ndarray
-    episode: np.ndarray
-    row: np.ndarray
-    part: np.ndarray
+_SIGN: dict[Outcome | None, int] = {Outcome.SUCCESS: 1, Outcome.FAILURE: -1}
 
 
 class ChunkSampler:
@@ -259,10 +166,7 @@ class ChunkSampler:
         self._frame_cache = FrameCache(frame_cache_bytes)
         self._cache_bytes = cache_bytes
         self._blocks: Blocks | None = None
-        self._batch = 0
-        self._epoch = 0
-        self._counters: list[int] = []
-        self._index()
+        self._draws = self._index()
         self._queue: deque[tuple[dict[str, Any], Future[ChunkBatch]]] = deque()
         self._ahead = workers * max(prefetch, 1)
         self._pool = ThreadPoolExecutor(workers, "chunk-sampler") if workers else None
@@ -274,10 +178,10 @@ class ChunkSampler:
 
     def __next__(self) -> ChunkBatch:
         if self._pool is None:
-            return self._load(self._draw())
+            return self._load(self._draws.next(self.batch_size))
         while len(self._queue) <= self._ahead:
-            state = self._position()
-            self._queue.append((state, self._pool.submit(self._load, self._draw())))
+            state, draw = self._draws.position(), self._draws.next(self.batch_size)
+            self._queue.append((state, self._pool.submit(self._load, draw)))
         _, future = self._queue.popleft()
         return future.result()
 
@@ -297,7 +201,7 @@ class ChunkSampler:
     @property
     def n_anchors(self) -> int:
         """Ticks at which a chunk may start, over all parts."""
-        return sum(s.n_ticks for s in self._strata)
+        return self._draws.n_ticks
 
     @property
     def batches_per_epoch(self) -> int:
@@ -307,25 +211,13 @@ class ChunkSampler:
     @property
     def shares(self) -> dict[str, float]:
         """Expected share of each part, by name (or number)."""
-        out: dict[str, float] = {}
-        for s in self._strata:
-            name = self._parts[s.part].name or str(s.part)
-            out[name] = out.get(name, 0.0) + s.share
-        return out
+        return self._draws.shares
 
     @property
     def task_shares(self) -> dict[str, float]:
         """Expected share of each task."""
-        out = dict.fromkeys(self.tasks, 0.0)
-        for s in self._strata:
-            weight = s.weight * s.length
-            for name, part in zip(
-                self.tasks,
-                np.bincount(self._ep_task[s.episode], weight, minlength=len(self.tasks)),
-                strict=True,
-            ):
-                out[name] += float(s.share * part / weight.sum())
-        return out
+        found = self._draws.share_by(self._ep_task, len(self.tasks))
+        return dict(zip(self.tasks, found.tolist(), strict=True))
 
     @property
     def snapshot_ids(self) -> dict[str, str]:
@@ -341,18 +233,15 @@ class ChunkSampler:
         replacement a new epoch begins.
         """
         self._rewind()
-        done: dict[int, bool] = {}
-        for part in self._parts:
-            data = part.data
-            if id(data) not in done:
-                many = [data] if isinstance(data, (FleetView, Store)) else list(data)
-                done[id(data)] = any([d.refresh() for d in many])
-        if any(done.values()):
-            self._index()
-            if not self._replacement:
-                self._epoch += 1
-                self._counters = [0] * len(self._strata)
-        return any(done.values())
+        views = {id(p.data): p.data for p in self._parts}.values()
+        moved = [
+            d.refresh() for data in views for d in (data if isinstance(data, Sequence) else [data])
+        ]
+        if any(moved):
+            before, self._draws = self._draws, self._index()
+            self._draws.batch = before.batch
+            self._draws.epoch = before.epoch + (not self._replacement)
+        return any(moved)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """New weights for parts, by name; applies from the next batch that `__next__` returns.
@@ -368,20 +257,25 @@ class ChunkSampler:
         self._weights = [
             float(weights.get(n, w)) for n, w in zip(names, self._weights, strict=True)
         ]
-        self._share_out()
+        self._draws.share_out(self._weights)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able position after the last batch returned, with the snapshots it refers to."""
-        position = self._queue[0][0] if self._queue else self._position()
-        return position | {"seed": self.seed, "snapshots": self.snapshot_ids}
+        """JSON-able position after the last batch returned, with weights and snapshots."""
+        position = self._queue[0][0] if self._queue else self._draws.position()
+        return position | {
+            "seed": self.seed,
+            "weights": list(self._weights),
+            "snapshots": self.snapshot_ids,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues exactly where `state_dict` was taken, on the same snapshots.
+        """Continues exactly where `state_dict` was taken, on the same snapshots, whatever `workers`
+        was there and is here.
 
         Raises:
-            StoreError: another seed, or other stores.
+            StoreError: another seed, other stores or another mixture.
             StoreUnavailable: a snapshot has expired.
         """
         wanted: Mapping[str, str] = state["snapshots"]
@@ -390,23 +284,22 @@ class ChunkSampler:
                 f"the state is of seed {state['seed']} and stores {sorted(wanted)}; this sampler "
                 f"has seed {self.seed} and stores {sorted(self.snapshot_ids)}"
             )
+        if len(state["weights"]) != len(self._parts):
+            raise StoreError(
+                f"the state is of {len(state['weights'])} parts; this mixture has "
+                f"{len(self._parts)}"
+            )
         self._clear_queue()
+        self._weights = [float(w) for w in state["weights"]]
         for store in self._stores:
             store.go_to(wanted[store.location])
-        self._index()
-        self._go(state)
-
-    def _position(self) -> dict[str, Any]:
-        return {"batch": self._batch, "epoch": self._epoch, "counters": list(self._counters)}
-
-    def _go(self, position: Mapping[str, Any]) -> None:
-        self._batch, self._epoch = int(position["batch"]), int(position["epoch"])
-        self._counters = [int(c) for c in position["counters"]]
+        self._draws = self._index()
+        self._draws.go(state)
 
     def _rewind(self) -> None:
         """Takes back what was drawn and not returned yet."""
         if self._queue:
-            self._go(self._queue[0][0])
+            self._draws.go(self._queue[0][0])
         self._clear_queue()
 
     def _clear_queue(self) -> None:
@@ -419,14 +312,13 @@ class ChunkSampler:
 
     # Index
 
-    def _index(self) -> None:
+    def _index(self) -> Draws:
+        """Episodes, features and strata of the stores as they stand."""
         stores: dict[str, Store] = {}
         chosen: list[list[tuple[Store, Episode]]] = []
         seen = 0
         for part in self._parts:
-            data = part.data
-            many = data.stores if isinstance(data, FleetView) else data
-            many = [many] if isinstance(many, Store) else list(many)
+            many = stores_of(part.data)
             for store in many:
                 known = stores.setdefault(store.location, store)
                 if known is not store and known.snapshot_id != store.snapshot_id:
@@ -462,63 +354,25 @@ class ChunkSampler:
         self._ep_end = np.array([e.end_row for e in flat], np.int64)
         self._ep_outcome = np.array([_SIGN.get(e.outcome, 0) for e in flat], np.int8)
         self._ep_task = np.array([tasks.index(e.task) for e in flat], np.int64)
-        self._strata: list[_Stratum] = []
-        for i, (part, episodes) in enumerate(zip(self._parts, chosen, strict=True)):
-            groups = (
-                [[(s, e) for s, e in episodes if e.task == task] for task in tasks]
-                if part.balance_tasks
-                else [episodes]
-            )
-            for group in groups:
-                runs = [
-                    (first, length, number[s.location], place[number[s.location], e.uuid], weight)
-                    for s, e in group
-                    for first, length, weight in self._runs(part, e)
-                ]
-                if runs:
-                    self._strata.append(_stratum(i, runs))
-        if not self._strata:
-            raise NothingToSample(
-                f"{self._stores[0].location}: {len(flat)} episodes pass the filters, and none has "
-                "a tick that the wanted sources commanded"
-            )
-        if not self._replacement and any(np.ptp(s.weight) > 0 for s in self._strata):
-            raise StoreError(
-                "weights per item need replacement=True; an epoch takes each tick once"
-            )
-        if len(self._counters) != len(self._strata):
-            self._counters = [0] * len(self._strata)
-        self._share_out()
         if self._blocks is None:
             self._blocks = Blocks(self._names(), self._cache_bytes)
         self._blocks.use(self._stores)
-
-    def _share_out(self) -> None:
-        """Share of each stratum: its part's weight, split evenly among the part's strata."""
-        present = {s.part for s in self._strata}
-        total = sum(self._weights[p] for p in present)
-        if total <= 0 or min(self._weights) < 0:
-            raise StoreError(f"weights of the parts are {self._weights}; expected some above 0")
-        for s in self._strata:
-            siblings = sum(o.part == s.part for o in self._strata)
-            s.share = self._weights[s.part] / total / siblings
-
-    def _runs(self, part: Part, e: Episode) -> Iterator[tuple[int, int, float]]:
-        """(first row, ticks, weight of a tick) of the stretches where a chunk may start."""
-        wanted = part.filter.sources
-        usable = self._first_tick(e)
-        weights = part.item_weights(e) if part.item_weights else 1.0
-        for start, stop, source in e.runs():
-            start = max(start, usable)
-            if start >= stop or (wanted is not None and source not in wanted):
-                continue
-            by_source = (part.source_weights or {}).get(Source(source), 1.0)
-            if isinstance(weights, np.ndarray):
-                for tick in range(start, stop):
-                    if (weight := float(weights[tick]) * by_source) > 0:
-                        yield e.first_row + tick, 1, weight
-            elif (weight := float(weights) * by_source) > 0:
-                yield e.first_row + start, stop - start, weight
+        places = [
+            [
+                Place(
+                    number[s.location],
+                    place[number[s.location], e.uuid],
+                    e,
+                    self._first_tick(e),
+                    s.location,
+                )
+                for s, e in episodes
+            ]
+            for episodes in chosen
+        ]
+        return Draws(
+            self._parts, self._weights, places, seed=self.seed, replacement=self._replacement
+        )
 
     def _first_tick(self, e: Episode) -> int:
         """Before it, some of the wanted features had not arrived."""
@@ -573,48 +427,9 @@ class ChunkSampler:
             *("action", "reward", "source", "terminated"),
         ]
 
-    # Drawing
-
-    def _draw(self) -> _Draw:
-        key = np.array([self.seed & (2**64 - 1), self._batch], np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key))
-        self._batch += 1
-        shares = np.cumsum([s.share for s in self._strata])
-        which = np.searchsorted(shares, rng.random(self.batch_size) * shares[-1], side="right")
-        which = np.minimum(which, len(shares) - 1)
-        position = rng.random(self.batch_size)
-        out = _Draw(*(np.empty(self.batch_size, np.int64) for _ in range(4)))
-        for i in np.unique(which).tolist():
-            s, mine = self._strata[i], which == i
-            if self._replacement:
-                at = position[mine] * s.cum_weight[-1]
-                run = np.minimum(np.searchsorted(s.cum_weight, at, side="right"), len(s.length) - 1)
-                into = (at - (s.cum_weight[run] - s.weight[run] * s.length[run])) / s.weight[run]
-                tick = np.clip(into.astype(np.int64), 0, s.length[run] - 1)
-            else:
-                at = self._next_of_epoch(i, int(mine.sum()))
-                run = np.searchsorted(s.cum_ticks, at, side="right")
-                tick = at - (s.cum_ticks[run] - s.length[run])
-            out.store[mine], out.episode[mine] = s.store[run], s.episode[run]
-            out.row[mine], out.part[mine] = s.first[run] + tick, s.part
-        return out
-
-    def _next_of_epoch(self, stratum: int, count: int) -> np.ndarray:
-        """The next `count` start ticks of the stratum's random order; orders follow one another."""
-        size = self._strata[stratum].n_ticks
-        first = self._counters[stratum]
-        self._counters[stratum] = first + count
-        turn, within = np.divmod(np.arange(first, first + count, dtype=np.int64), size)
-        out = np.empty(count, np.int64)
-        for t in np.unique(turn).tolist():
-            mine = turn == t
-            key = (self.seed, self._epoch, stratum, int(t))
-            out[mine] = permute(within[mine], size, key)
-        return out
-
     # Loading
 
-    def _load(self, d: _Draw) -> ChunkBatch:
+    def _load(self, d: Draw) -> ChunkBatch:
         assert self._blocks is not None
         end = self._ep_end[d.episode]
         steps = np.arange(self.horizon)
@@ -674,12 +489,3 @@ class ChunkSampler:
                 d.row - self._ep_first[d.episode],
             ),
         )
-
-
-def _stratum(part: int, runs: list[tuple[int, int, int, int, float]]) -> _Stratum:
-    first, length, store, episode = (np.array([r[i] for r in runs], np.int64) for i in range(4))
-    weight = np.array([r[4] for r in runs], np.float64)
-    return _Stratum(
-        part, 0.0, first, length, store, episode, weight,
-        np.cumsum(length), np.cumsum(weight * length),
-    )  # fmt: skip

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trajectory_store.draws import Data, Filter, stores_of
 from trajectory_store.errors import FeatureMissing, NothingToSample
-from trajectory_store.reader import FleetView, Store
-from trajectory_store.sampler import Filter
+from trajectory_store.reader import Store
 from trajectory_store.schema import Episode
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class FeatureStats:
 
 
 def normalisation(
-    data: FleetView | Store | Sequence[Store],
+    data: Data,
     *,
     keys: Sequence[str] | None = None,
     filter: Filter | None = None,
@@ -55,13 +55,7 @@ def normalisation(
     Raises:
         NothingToSample, FeatureMissing
     """
-    stores = (
-        data.stores
-        if isinstance(data, FleetView)
-        else [data]
-        if isinstance(data, Store)
-        else list(data)
-    )
+    stores = stores_of(data)
     filter = filter or Filter()
     chosen = [(s, e) for s in stores for e in s.table if filter.keeps(e)]
     if not chosen:

@@ -47,10 +47,11 @@ def check(store: Store, frames: list[bytes], newest: int | None = None) -> None:
     assert row == store.rows
 
 
-def _wait(condition: Any, limit_s: float = 60.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "the writer did not come that far"
+def _wait_for_commit(process: "subprocess.Popen[bytes]", progress: Path, errors: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (progress.exists() and progress.stat().st_size == 8):
+        assert process.poll() is None, errors.read_text()
+        assert time.monotonic() < deadline, "the writer committed nothing"
         time.sleep(0.002)
 
 
@@ -66,9 +67,10 @@ def kill_often(path: Path, contract: Contract, times: int, seed: int) -> dict[st
 
     def start(life: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, CHILD, path, text, folder, str(life)]
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with (folder / f"{life}.errors").open("wb") as errors:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
+            )
 
     waiting = deque(start(life) for life in range(min(3, times)))  # importing takes a second
     for life in range(times):
@@ -79,7 +81,7 @@ def kill_often(path: Path, contract: Contract, times: int, seed: int) -> dict[st
         process.stdin.write(b"go\n")
         process.stdin.close()
         if life % 4:  # the others die early, while they create, open or repair
-            _wait(lambda file=folder / str(life): file.exists() and file.stat().st_size == 8)
+            _wait_for_commit(process, folder / str(life), folder / f"{life}.errors")
         time.sleep(chance.random() ** 2 * 0.5)  # not a wait: the random instant itself
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=30) == -signal.SIGKILL

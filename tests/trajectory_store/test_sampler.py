@@ -283,11 +283,15 @@ def test_frame_cache_stays_in_its_bound(pictures):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [(0, 0), (0, 3), (2, 1)])
 def test_resumes_from_a_saved_state(numbers, replacement, workers):
-    def make():
+    """Also with another number of threads, in the middle of an epoch, after a change of weights."""
+
+    def make(workers: int) -> ChunkSampler:
+        store = Store(numbers.location)
+        good = Filter(outcomes=[Outcome.SUCCESS])
         return ChunkSampler(
-            Store(numbers.location),
+            [Part(data=store, name="all"), Part(data=store, name="good", filter=good)],
             horizon=4,
             batch_size=7,
             seed=9,
@@ -295,16 +299,35 @@ def test_resumes_from_a_saved_state(numbers, replacement, workers):
             workers=workers,
         )
 
-    with make() as first, make() as second:
-        for _ in range(5):
+    with make(workers[0]) as first, make(workers[1]) as second:
+        for i in range(5):
+            if i == 2:
+                first.set_weights({"good": 3})
             next(first)
         state = json.loads(json.dumps(first.state_dict()))
         wanted = [next(first) for _ in range(6)]
         second.load_state_dict(state)
+        assert second.shares == {"all": 0.25, "good": 0.75}
         for batch in wanted:
             _same(next(second), batch)
     with pytest.raises(ts.StoreError, match="seed 9"):
         ChunkSampler(numbers, horizon=4, batch_size=7, seed=1).load_state_dict(state)
+    with pytest.raises(ts.StoreError, match="of 2 parts"):
+        ChunkSampler(numbers, horizon=4, batch_size=7, seed=9).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (lambda e: np.ones(len(e) + 1), "expected one number, or"),
+        (lambda e: np.full(len(e), np.nan), "finite and not negative"),
+        (lambda e: -1.0, "finite and not negative"),
+        (lambda e: 0.0, "weight is above 0"),
+    ],
+)
+def test_senseless_weights(numbers, weights, message):
+    with pytest.raises(ts.StoreError, match=message):
+        ChunkSampler([Part(data=numbers, item_weights=weights)], horizon=1, batch_size=1)
 
 
 def test_resumes_on_the_snapshot_of_the_state(open_writer, contract, record, tmp_path):
