@@ -5,7 +5,7 @@ at t = 0, data at t = 1, velocity = data - noise; adapters convert (docs/concept
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -46,6 +46,14 @@ class Batch:
     """Steps from the anchor to the end of its episode, the anchor's included."""
     outcome: Integer[Tensor, " B"] | None = None
     """How the episode ended: 1 success, -1 failure, 0 anything else."""
+    part: Integer[Tensor, " B"] | None = None
+    """Of the mixture: 0 demonstrations, 1 what robots recorded, 2 interventions drawn apart."""
+    future_observation: Observation = field(default_factory=dict[str, Tensor])
+    """`DataNeeds.future_steps` after the anchor; {} unless asked for."""
+    has_future: Bool[Tensor, " B"] | None = None
+    """The episode reaches that far."""
+    to_takeover: Integer[Tensor, "B H"] | None = None
+    """Steps until a person takes over, if asked for; `trajectory_store.NO_TAKEOVER` otherwise."""
 
     @classmethod
     def from_numpy(cls, chunk: ChunkBatch, device: torch.device | str = "cpu") -> Self:
@@ -66,6 +74,10 @@ class Batch:
             weight=torch.ones(len(chunk.n), device=device),
             left=put(chunk.left),
             outcome=put(chunk.outcome),
+            part=put(chunk.part),
+            future_observation=observation_from_numpy(chunk.future_observation, device),
+            has_future=None if chunk.has_future is None else put(chunk.has_future),
+            to_takeover=None if chunk.to_takeover is None else put(chunk.to_takeover),
         )
 
     def replace(self, **changes: Any) -> Self:
@@ -144,6 +156,13 @@ class DataNeeds:
     """`Batch.valid` only where one of these drove. None: anyone."""
     next_observation: bool = False
     """Load `Batch.next_observation`; costs a second observation per item."""
+    future_steps: int = 0
+    """Control steps from a chunk's start to `Batch.future_observation`; 0 loads none."""
+    takeovers: bool = False
+    """Fill in `Batch.to_takeover`."""
+    double_buffer: bool = False
+    """Half of each batch from what people showed (demonstrations and interventions), half from
+    everything that robots recorded, interventions included (arXiv:2410.21845)."""
     keys: tuple[str, ...] = ()
     """Observation features beside those that the policy sees."""
 

@@ -21,12 +21,13 @@ from trajectory_store.errors import (
     StoreUnavailable,
 )
 from trajectory_store.reader import FleetView, Store
-from trajectory_store.sampler import ChunkBatch, ChunkSampler, Provenance
+from trajectory_store.sampler import NO_TAKEOVER, ChunkBatch, ChunkSampler, Provenance
 from trajectory_store.schema import FORMAT, Episode, Outcome, Source, Tick
 from trajectory_store.writer import Health, StoreWriter
 
 __all__ = [
     "FORMAT",
+    "NO_TAKEOVER",
     "BadTick",
     "ChunkBatch",
     "ChunkSampler",

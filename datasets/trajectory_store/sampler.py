@@ -8,7 +8,7 @@ in the caller's thread and loading in others, so the sequence does not depend on
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -82,10 +82,20 @@ class ChunkBatch:
     part: np.ndarray
     """(B,) int64: which `Part` of the mixture the item was drawn from."""
     provenance: Provenance
+    future_observation: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    """`future` steps after the anchor, or the last stored one; {} if switched off."""
+    has_future: np.ndarray | None = None
+    """(B,) bool: the episode reaches that far."""
+    to_takeover: np.ndarray | None = None
+    """(B, H) int32, if asked for: steps until a person takes over, at ticks that the robot drove;
+    `NO_TAKEOVER` where nobody does, and at every other tick."""
 
     def __len__(self) -> int:
         return len(self.n)
 
+
+NO_TAKEOVER = 2**31 - 1
+"""In `ChunkBatch.to_takeover`."""
 
 _SIGN: dict[Outcome | None, int] = {Outcome.SUCCESS: 1, Outcome.FAILURE: -1}
 
@@ -107,6 +117,8 @@ class ChunkSampler:
         history_stride: int = 1,
         next_observation: bool = True,
         backup: int | None = None,
+        future: int = 0,
+        takeovers: bool = False,
         valid_sources: Sequence[Source] | None = None,
         replacement: bool = True,
         missing: Literal["error", "skip"] = "error",
@@ -125,6 +137,8 @@ class ChunkSampler:
             next_observation: off saves half of the decoding for learners without a critic.
             backup: steps after which `next_observation`, `n` and `terminated` are read; default:
                 the horizon. A critic of shorter chunks than the policy's sets it.
+            future: steps from the anchor to `future_observation`; 0 loads none.
+            takeovers: fill in `to_takeover`.
             valid_sources: `valid` only where one of these commanded (HG-DAgger: HUMAN).
             replacement: False goes through every start tick once per epoch, in a random order.
             missing: what to do about episodes that lack one of `keys`.
@@ -147,6 +161,8 @@ class ChunkSampler:
                 f"backup is {backup}; expected between 1 and the horizon, {horizon}: the next "
                 "observation lies at the end of the chunk or before"
             )
+        if future < 0:
+            raise StoreError(f"future is {future}; expected a number of steps, or 0 for none")
         if isinstance(data, (FleetView, Store)) or not any(isinstance(d, Part) for d in data):
             whole: Any = data
             parts = [Part(data=whole, filter=filter or Filter(), balance_tasks=balance_tasks)]
@@ -161,6 +177,7 @@ class ChunkSampler:
         self._history, self._stride = history, history_stride
         self._next = next_observation
         self._backup = horizon if backup is None else backup
+        self._future, self._takeovers = future, takeovers
         self._valid_sources = None if valid_sources is None else [int(s) for s in valid_sources]
         self._replacement, self._missing = replacement, missing
         self._frame_cache = FrameCache(frame_cache_bytes)
@@ -352,6 +369,10 @@ class ChunkSampler:
         self._ep_first = np.array([e.first_row for e in flat], np.int64)
         self._ep_usable = np.array([e.first_row + self._first_tick(e) for e in flat], np.int64)
         self._ep_end = np.array([e.end_row for e in flat], np.int64)
+        if self._takeovers:
+            steps = [steps_to_takeover(e) for e in flat]
+            self._to_takeover = np.concatenate(steps)
+            self._ep_offset = np.cumsum([0, *map(len, steps[:-1])])
         self._ep_outcome = np.array([_SIGN.get(e.outcome, 0) for e in flat], np.int8)
         self._ep_task = np.array([tasks.index(e.task) for e in flat], np.int64)
         if self._blocks is None:
@@ -446,6 +467,10 @@ class ChunkSampler:
             after = np.minimum(d.row + n, end - 1)
             next_rows = np.maximum(after[:, None] - back, self._ep_usable[d.episode][:, None])
             wanted["next"] = (next_rows, names)
+        if self._future:
+            ahead = np.minimum(d.row + self._future, end - 1)
+            ahead_rows = np.maximum(ahead[:, None] - back, self._ep_usable[d.episode][:, None])
+            wanted["future"] = (ahead_rows, names)
         got = self._blocks.gather(d.store, wanted)
         chunk = got["chunk"]
         source = chunk["source"]
@@ -453,26 +478,26 @@ class ChunkSampler:
         if self._valid_sources is not None:
             valid = inside & np.isin(source, self._valid_sources)
         frames = Frames(self._stores, self._frame_cache)
-        moments = [got["now"]] + ([got["next"]] if self._next else [])
+        moments = {name: got[name] for name in ("now", "next", "future") if name in got}
         images = {
-            k: frames.decode(k, d.store, [m[f"{k}.frame"] for m in moments])
+            k: frames.decode(k, d.store, [m[f"{k}.frame"] for m in moments.values()])
             for k in self._image_keys
         }
-        observations: list[dict[str, np.ndarray]] = []
-        for i, moment in enumerate(moments):
+        observations: dict[str, dict[str, np.ndarray]] = {}
+        for i, (name, moment) in enumerate(moments.items()):
             values = {k: moment[k] for k in self._vector_keys}
             values |= {k: images[k][i] for k in self._image_keys}
             if self._history == 1:
                 values = {k: v[:, 0] for k, v in values.items()}
-            observations.append({k: values[k] for k in self.keys})
+            observations[name] = {k: values[k] for k in self.keys}
         uuids = self._uuids
         return ChunkBatch(
-            observation=observations[0],
+            observation=observations["now"],
             action=chunk["action"],
             valid=valid,
             reward=chunk["reward"] * inside,
             source=source,
-            next_observation=observations[1] if self._next else {},
+            next_observation=observations.get("next", {}),
             n=n,
             terminated=np.any(chunk["terminated"] & (steps < n[:, None]), axis=1),
             left=left,
@@ -488,4 +513,30 @@ class ChunkSampler:
                 d.row,
                 d.row - self._ep_first[d.episode],
             ),
+            future_observation=observations.get("future", {}),
+            has_future=left > self._future if self._future else None,
+            to_takeover=self._takeover_steps(d, chunk_rows) if self._takeovers else None,
         )
+
+    def _takeover_steps(self, d: Draw, chunk_rows: np.ndarray) -> np.ndarray:
+        tick = chunk_rows - self._ep_first[d.episode][:, None]
+        return self._to_takeover[self._ep_offset[d.episode][:, None] + tick]
+
+
+def steps_to_takeover(e: Episode) -> np.ndarray:
+    """(ticks,) int32: see `ChunkBatch.to_takeover`.
+
+    A person who drives from an episode's first tick took nothing over; who drives again after a
+    hand-back takes over anew.
+    """
+    out = np.full(len(e), NO_TAKEOVER, np.int32)
+    robot = (Source.POLICY, Source.HOLD)
+    begin = None
+    for start, _, source in e.runs():
+        if source in robot:
+            begin = start if begin is None else begin
+        else:
+            if source == Source.HUMAN and begin is not None:
+                out[begin:start] = np.arange(start - begin, 0, -1)
+            begin = None
+    return out

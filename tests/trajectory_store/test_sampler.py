@@ -72,6 +72,51 @@ def test_chunks_end_with_their_episode(numbers):
     assert batch.provenance.tick[7] == tick[7]
 
 
+def test_the_future_is_read_at_its_offset_and_known_to_be_missing(numbers):
+    lengths = np.array([5, 12, 20])
+    batch = next(ChunkSampler(numbers, horizon=4, future=7, batch_size=500, seed=3))
+    whole = next(ChunkSampler(numbers, horizon=4, batch_size=500, seed=3))
+    episode, tick = batch.observation[STATE].astype(int).T[:2]
+    np.testing.assert_array_equal(batch.observation[STATE], whole.observation[STATE])
+    np.testing.assert_array_equal(batch.next_observation[STATE], whole.next_observation[STATE])
+    np.testing.assert_array_equal(batch.has_future, tick + 7 < lengths[episode])
+    expected = np.minimum(tick + 7, lengths[episode] - 1)
+    np.testing.assert_array_equal(batch.future_observation[STATE][:, 1], expected)
+    np.testing.assert_array_equal(batch.future_observation[STATE][:, 0], episode)
+    assert whole.future_observation == {}
+    assert whole.has_future is None
+    with pytest.raises(ts.StoreError, match="future is -1"):
+        ChunkSampler(numbers, horizon=4, future=-1, batch_size=4)
+
+
+def test_steps_to_a_takeover(tmp_path, contract):
+    # A second takeover five ticks after the first ends, a demonstration, a start under the human.
+    p, h, s, hold = Source.POLICY, Source.HUMAN, Source.SCRIPTED, Source.HOLD
+    episodes = [
+        [p] * 6 + [h] * 2 + [hold] * 2 + [p] * 3 + [h] * 2 + [p] * 2,
+        [s] * 3 + [h] * 3,
+        [h] * 2 + [p] * 2 + [h],
+    ]
+    never = ts.NO_TAKEOVER
+    expected = [
+        [6, 5, 4, 3, 2, 1, never, never, 5, 4, 3, 2, 1, never, never, never, never],
+        [never] * 6,
+        [never, never, 2, 1, never],
+    ]
+    with ts.StoreWriter.create_or_open(tmp_path / "store", contract) as writer:
+        for k, sources in enumerate(episodes):
+            state = np.array([[k, i, 0] for i in range(len(sources))], np.float32)
+            writer.write_episode(
+                "pick", {STATE: state}, state[:, :2], outcome="success", source=np.array(sources)
+            )
+    store = Store(tmp_path / "store")
+    batch = next(ChunkSampler(store, horizon=4, takeovers=True, batch_size=300, seed=1))
+    for i in range(300):
+        k, tick = batch.observation[STATE][i, :2].astype(int)
+        wanted = expected[k][tick : tick + 4]
+        assert batch.to_takeover[i, batch.valid[i]].tolist() == wanted
+
+
 def test_a_critic_may_back_up_over_fewer_steps_than_the_chunk_has(numbers):
     lengths = np.array([5, 12, 20])
     batch = next(ChunkSampler(numbers, horizon=4, backup=2, batch_size=500, seed=3))

@@ -11,8 +11,8 @@ from trajectory_store.contract import Contract
 from trajectory_store.stats import normalisation
 from vla_post.batch import DataNeeds
 
-DEMONSTRATIONS, ONLINE = "demonstrations", "online"
-"""Names of the mixture's parts."""
+DEMONSTRATIONS, ONLINE, INTERVENTIONS = "demonstrations", "online", "interventions"
+"""Names of the mixture's parts, in the order of `Batch.part`."""
 
 SMALLEST_STD = 0.01
 """Floor of a state's standard deviation: what stood still in a few demonstrations may move."""
@@ -51,29 +51,25 @@ def mixture(
 ) -> ChunkSampler:
     """Tasks uniform; demonstrations never below 1 - `online_share`, and all until more comes.
 
+    With `needs.double_buffer` that floor holds within the half that people showed; the other half
+    is everything that robots recorded.
+
     Args:
         online: what robots recorded; chunks start where one of `needs.sources` drove.
         keys: observation features to load beside those of `needs`; None loads all.
     """
     needs = needs or DataNeeds()
-    parts = [
-        Part(
-            data=demonstrations,
-            name=DEMONSTRATIONS,
-            weight=1.0 - online_share,
-            balance_tasks=True,
-        )
-    ]
+
+    def part(name: str, data: FleetView, share: float, sources: Sequence[Source] | None) -> Part:
+        keep = Filter(sources=sources)
+        return Part(name=name, data=data, weight=share, filter=keep, balance_tasks=True)
+
+    parts = [part(DEMONSTRATIONS, demonstrations, 1.0 - online_share, None)]
     if online is not None and online.stores:
-        parts.append(
-            Part(
-                data=online,
-                name=ONLINE,
-                weight=online_share,
-                filter=Filter(sources=needs.sources),
-                balance_tasks=True,
-            )
-        )
+        share = 1.0 if needs.double_buffer else online_share
+        parts.append(part(ONLINE, online, share, needs.sources))
+        if needs.double_buffer:
+            parts.append(part(INTERVENTIONS, online, online_share, (Source.HUMAN,)))
     return ChunkSampler(
         parts,
         horizon=contract.chunk_horizon,
@@ -81,6 +77,8 @@ def mixture(
         seed=seed,
         keys=None if keys is None else list(dict.fromkeys((*keys, *needs.keys))),
         next_observation=needs.next_observation,
+        future=needs.future_steps,
+        takeovers=needs.takeovers,
         valid_sources=needs.valid_sources,
         workers=workers,
         frame_cache_bytes=256 << 20,

@@ -148,7 +148,7 @@ class LearnerProcess:
             loaded = time.monotonic()
             bad = config.run / "bad_batch.safetensors"
             row = self.trainer.step(chunk, save_bad_batch=bad)
-            online = int((chunk.part == 1).sum())
+            online = int((chunk.part > 0).sum())
             self._drawn += online
             metrics.write(
                 {

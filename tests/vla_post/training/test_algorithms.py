@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,20 +63,28 @@ class Counting:
         self.updates = int(state["updates"])
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
+def record(folder: Path, sources: Sequence[Source]) -> None:
+    """One episode of random states, driven as told."""
     contract = load_contract(CONTRACT)
     random = torch.Generator().manual_seed(0)
-    with StoreWriter.create_or_open(tmp_path / "demos", contract, writer="demos") as writer:
+    length = len(sources)
+    with StoreWriter.create_or_open(folder, contract, writer=folder.name) as writer:
         writer.write_episode(
             "reach",
             {
-                key: torch.randn(20, *f.shape, generator=random).numpy()
+                key: torch.randn(length, *f.shape, generator=random).numpy()
                 for key, f in contract.vectors.items()
             },
-            torch.zeros(20, 4).numpy(),
+            torch.zeros(length, 4).numpy(),
             outcome="success",
+            source=np.array(sources),
         )
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    contract = load_contract(CONTRACT)
+    record(tmp_path / "demos", [Source.SCRIPTED] * 20)
     numbers = statistics(FleetView(tmp_path / "demos"), contract)
     build_policy("chunk_flow", contract, numbers).save(tmp_path / "start")
     return tmp_path
@@ -130,6 +139,31 @@ def test_a_learner_gets_the_data_that_it_asks_for(folders: Path):
     keys = {"observation.state", "observation.environment_state"}
     assert set(chunk.observation) == set(chunk.next_observation) == keys
     assert not chunk.valid.any(), "the script drove, not a person"
+
+
+def test_double_buffers_hg6(folders: Path):
+    """A person's step enters both buffers, a robot's only the one of everything."""
+    contract = load_contract(CONTRACT)
+    record(folders / "online" / "robot", [Source.POLICY] * 30 + [Source.HUMAN] * 10)
+    sampler = mixture(
+        FleetView(folders / "demos"),
+        FleetView(folders / "online"),
+        contract,
+        batch_size=1000,
+        online_share=0.5,
+        needs=DataNeeds(double_buffer=True),
+    )
+    assert sampler.n_anchors == 20 + 40 + 10
+    assert sampler.shares == {"demonstrations": 0.25, "online": 0.5, "interventions": 0.25}
+    chunk = next(sampler)
+    assert (chunk.source[chunk.part == 2][:, 0] == Source.HUMAN).all()
+    assert set(chunk.source[chunk.part == 1][:, 0]) == {Source.POLICY, Source.HUMAN}
+    record(folders / "online" / "robot", [Source.POLICY] * 7)
+    sampler.refresh()
+    assert sampler.n_anchors == 20 + 47 + 10
+    record(folders / "online" / "robot", [Source.HUMAN] * 3)
+    sampler.refresh()
+    assert sampler.n_anchors == 20 + 50 + 13
 
 
 def test_the_learners_that_ship_keep_the_protocol(folders: Path):
