@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup, cell_nodes
-from trajectory_store.contract import load_contract
+from trajectory_store.contract import Contract, load_contract, parse_contract
 from vla_post.cli.errors import UserError
 from vla_post.cli.signals import ends_in_order
+from vla_post.export.registry import Registry
+from vla_post.policies.checkpoint import read_card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,15 @@ class Up:
     """Write every event of the cell to this file, one JSON line each."""
 
     def run(self) -> None:
-        simulated = bool(load_contract(self.contract).sim)
+        contract = load_contract(self.contract)
+        simulated = bool(contract.sim)
         if self.operator == "scripted" and not simulated:
             raise UserError("the scripted operator drives simulated cells only")
         for name in ("registry", "policy"):
             folder: Path | None = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise UserError(f"--{name} {folder}: no such folder")
+        self._require_policy(contract)
         operator = {
             "episodes": self.episodes,
             "seed": self.seed,
@@ -79,6 +83,20 @@ class Up:
                 self._watch(group)
         except BringupError as error:
             raise UserError(str(error)) from error
+
+    def _require_policy(self, contract: Contract) -> None:
+        """Before anything starts: the runner would refuse it again and again, in its log."""
+        if self.registry is not None:
+            registry = Registry(self.registry)
+            active = registry.active()
+            if active is None:
+                raise UserError(
+                    f"--registry {self.registry}: no active version yet; `vla-post train` publishes"
+                )
+            registry.verify(active.number, contract=contract)
+        elif self.policy is not None and self.backend == "torch":
+            made_for = parse_contract(read_card(self.policy)["contract"], name=str(self.policy))
+            contract.require_same(made_for, here=str(self.contract), there=str(self.policy))
 
     def _watch(self, group: ProcessGroup) -> None:
         names = ", ".join(group.pids())

@@ -29,7 +29,10 @@ def test_every_command_has_help(name: str):
     assert f"vla-post {name}" in done.stdout
 
 
-CONTRACT = str(Path(__file__).parents[3] / "sim" / "contracts" / "metaworld_state.yaml")
+ROOT = Path(__file__).parents[3]
+CONTRACTS = ROOT / "sim" / "contracts"
+CONTRACT = str(CONTRACTS / "metaworld_state.yaml")
+PIXELS_POLICY = str(ROOT / "vla_post" / "recipes" / "assets" / "demo_pixels")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,8 @@ CONTRACT = str(Path(__file__).parents[3] / "sim" / "contracts" / "metaworld_stat
         (["export", "/nowhere", "--store", "/nowhere", "--out", "/tmp/x"], "not a checkpoint"),
         (["up", "--contract", "/nowhere.yaml"], "cannot read the contract"),
         (["up", "--contract", CONTRACT, "--policy", "/nowhere"], "no such folder"),
+        (["up", "--contract", CONTRACT, "--policy", str(CONTRACTS)], "not a checkpoint"),
+        (["up", "--contract", CONTRACT, "--policy", PIXELS_POLICY], "another contract"),
         (["store", "info", "/nowhere"], "/nowhere"),
         (["demo", "--episodes", "0"], "episodes"),
     ],
