@@ -128,6 +128,8 @@ class Arbiter:
         self._clutch: Vector | None = None
         self._request_mono_s: float | None = None
         self._resume_mono_s = 0.0
+        self._for_want_of_a_chunk = False
+        """HOLD because the policy fell silent; it may still say why."""
         self._last: Decision | None = None
         self._last_mono_s: float | None = None
         self._missed = 0
@@ -176,6 +178,8 @@ class Arbiter:
             reason = f"chunk refused: {error}"
             if self.mode is Mode.POLICY:
                 self._to_hold(reason)
+            elif self._for_want_of_a_chunk and frame_id.startswith(POLICY_ERROR):
+                self.reason = reason  # why it did not come
             return reason
         if stamp_ns < self.fresh_ns or (
             self._chunk is not None and stamp_ns < self._chunk.stamp_ns
@@ -280,6 +284,7 @@ class Arbiter:
         if self._joint_problem:
             return Answer(False, self._joint_problem)
         self.mode, self.phase = Mode.POLICY, Phase.HANDBACK
+        self._for_want_of_a_chunk = False
         self.reason = "waiting for a fresh chunk"
         self.fresh_ns = now_ns
         self._request_mono_s = None
@@ -365,6 +370,7 @@ class Arbiter:
             self._operator_silent = True
         elif gave_up_on:
             self._to_hold(f"{gave_up_on} did not come in time")
+            self._for_want_of_a_chunk = gave_up_on == NEEDS_CHUNK
         if not self.gate.delta and self._measured is None and self.gate.last is None:
             return None
         decision = self._decide(tick_ns, mono_s)
@@ -453,6 +459,7 @@ class Arbiter:
                 self._to_hold("no fresh chunk after resuming; does the policy runner live?")
             else:
                 self._stale("the chunk has run out" if self._chunk else "no chunk")
+            self._for_want_of_a_chunk = self.mode is Mode.HOLD
             return self._hold(tick_ns)
         chunk = self._chunk
         assert chunk is not None
@@ -516,10 +523,12 @@ class Arbiter:
         if self.mode is Mode.FAULT:
             return
         self.mode, self.phase, self.reason = Mode.HOLD, Phase.STEADY, reason
+        self._for_want_of_a_chunk = False
         self._chunk, self._blend_from, self._clutch = None, None, None
 
     def _to_human(self) -> None:
         self.mode, self.phase, self.reason = Mode.HUMAN, Phase.STEADY, ""
+        self._for_want_of_a_chunk = False
         self._request_mono_s = None
         self._chunk, self._blend_from, self._clutch = None, None, None
 

@@ -76,6 +76,8 @@ class CellNode(LifecycleNode):
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(name, start_parameter_services=False, **options)
         self.live = False
+        self._problem_text = ""
+        """Why it could not be configured."""
         path = str(self.declare_parameter("contract", "").value or "")
         if not path:
             raise UserError(f"{name}: no contract; pass `--ros-args -p contract:=FILE`")
@@ -125,6 +127,7 @@ class CellNode(LifecycleNode):
             self._explain("configure", error)
             self.teardown()
             return TransitionCallbackReturn.FAILURE
+        self._problem_text = ""
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -155,16 +158,18 @@ class CellNode(LifecycleNode):
 
     def _explain(self, doing: str, error: Exception) -> None:
         if isinstance(error, UserError | ContractError | ValueError | OSError):
-            self.get_logger().error(f"cannot {doing}: {error}")
+            text = f"cannot {doing}: {error}"
         else:
             import traceback
 
-            self.get_logger().error(f"cannot {doing}: {traceback.format_exc()}")
+            text = f"cannot {doing}: {traceback.format_exc()}"
+        self._problem_text = text
+        self.get_logger().error(text)
 
     def _publish_diagnostics(self) -> None:
         level, text, values = self.diagnose()
         if not self.live:
-            level, text = DiagnosticStatus.STALE, "not active"
+            level, text = DiagnosticStatus.STALE, self._problem_text or "not active"
         self._status.level, self._status.message = level, text
         self._status.values = [KeyValue(key=k, value=str(v)) for k, v in values.items()]
         message = DiagnosticArray(status=[self._status])
@@ -175,9 +180,9 @@ class CellNode(LifecycleNode):
 def run(make: Callable[[], Node], arguments: list[str] | None = None) -> int:
     """The body of a node's process: 0 after a signal, 2 for a user's mistake, 1 otherwise.
 
-    SIGINT and SIGTERM both end the executor, and so does a node that sets `finished`; the node then
-    leaves by its own `teardown`, so that files are closed. A second signal while it does so changes
-    nothing.
+    SIGINT and SIGTERM both end the executor, and so does a node that sets `finished` or an
+    `exit_status`; the node then leaves by its own `teardown`, so that files are closed. A second
+    signal while it does so changes nothing.
     """
     use_default_profile()
     rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
@@ -200,6 +205,7 @@ def run(make: Callable[[], Node], arguments: list[str] | None = None) -> int:
             status = 1
         while not (stop or status or getattr(node, "finished", False)):
             executor.spin_once(timeout_sec=0.5)
+            status = getattr(node, "exit_status", 0)
         deadline = monotonic_s() + LINGER_S
         while isinstance(node, CellNode) and node.unfinished() and monotonic_s() < deadline:
             executor.spin_once(timeout_sec=0.05)

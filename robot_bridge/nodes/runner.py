@@ -4,14 +4,18 @@
 
 Parameters: `registry` (folder; its active version is adopted between episodes after its checks) or
 `policy` (a checkpoint folder), `backend` (torch or onnx), `infer_while_human`, `max_jump` (see
-`vla_post.export.require_fit`; 0 switches that check off).
+`vla_post.export.require_fit`; 0 switches that check off), `chunking` (how a chunk joins the running
+one: `rtc`, `blend`, `off`, or `auto`: off in lockstep, else rtc where the policy can, else blend),
+`rtc_form`, `shadow` (a candidate beside the active policy: a folder, a version, or `newest`),
+`shadow_log` (a file), `inference_timeout_s`.
 
 Inference runs in a thread of its own. A policy that raises, or returns NaN or a wrong shape, is
-reported by an empty chunk whose frame_id says why, on which the arbiter holds.
+reported by an empty chunk whose frame_id says why, on which the arbiter holds. One that hangs is
+reported in the same way, and the process ends, to be started again: nothing else frees a thread.
 """
 
 import array
-import hashlib
+import faulthandler
 import json
 import queue
 import sys
@@ -31,6 +35,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from robot_bridge.core.align import Aligned, Aligner
 from robot_bridge.core.arbiter import POLICY_ERROR, Mode
+from robot_bridge.core.chunking import Question, Rows, Seam, ask
 from robot_bridge.core.events import EventError, EventType, parse_event
 from robot_bridge.core.latency import Latency
 from robot_bridge.nodes.common import (
@@ -44,9 +49,10 @@ from robot_bridge.nodes.common import (
     run,
     set_stamp,
 )
+from robot_bridge.nodes.shadow import Proposal, Shadow
 from robot_bridge.nodes.streams import Streams, decode
+from robot_bridge.nodes.versions import Loaded, Versions
 from vla_post.export.adoption import require_fit
-from vla_post.export.registry import Registry
 
 if TYPE_CHECKING:
     from vla_post.export import ChunkPolicy
@@ -56,89 +62,70 @@ OBSERVATION_PATIENCE_S = 0.5
 REGISTRY_PERIOD_S = 1.0
 UNHEARD_S = 0.5
 """Lockstep: a chunk that moves nothing for so long is inferred and sent again."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A policy and where it came from."""
-
-    policy: "ChunkPolicy"
-    version: int
-    card: dict[str, Any]
-    """What `policy/active` says."""
+CHUNKING = ("auto", "rtc", "blend", "off")
+FORMS = ("identity", "jacobian")
 
 
 @dataclass(frozen=True)
 class _Job:
-    stamp_ns: int
     aligned: Aligned
     instruction: str
     seed: int
+    previous: Rows | None
+    delay: int
     started_s: float
 
 
 class RunnerNode(CellNode):
     def __init__(self, **options: Any) -> None:
         super().__init__("runner", **options)
-        self._registry_path = str(self.declare_parameter("registry", "").value or "")
-        self._policy_path = str(self.declare_parameter("policy", "").value or "")
-        self._backend = str(self.declare_parameter("backend", "torch").value)
+
+        def text(name: str, default: str = "") -> str:
+            return str(self.declare_parameter(name, default).value or "")
+
+        self._backend = text("backend", "torch")
+        self._rtc_form = text("rtc_form", "identity")
         self._while_human = bool(self.declare_parameter("infer_while_human", False).value)
         self._max_jump = float(self.declare_parameter("max_jump", 0.0).value or 0.0)
-        self._task = str(self.declare_parameter("task", next(iter(self.contract.tasks))).value)
-        if bool(self._registry_path) == bool(self._policy_path):
-            raise UserError(
-                "runner: pass exactly one of `-p registry:=FOLDER` and `-p policy:=CHECKPOINT`"
-            )
-        if self._backend not in ("torch", "onnx"):
-            raise UserError(f"runner: backend is {self._backend!r}; expected torch or onnx")
+        timeout = self.declare_parameter("inference_timeout_s", 10.0).value
+        self._timeout_s = float(timeout or 0.0)
+        self._task = text("task", next(iter(self.contract.tasks)))
+        chunking = text("chunking", "auto")
+        for name, value, known in (
+            ("backend", self._backend, ("torch", "onnx")),
+            ("rtc_form", self._rtc_form, FORMS),
+            ("chunking", chunking, CHUNKING),
+        ):
+            if value not in known:
+                raise UserError(f"runner: {name} is {value!r}; expected {', '.join(known)}")
+        if self._timeout_s <= 0:
+            raise UserError(f"runner: inference_timeout_s is {self._timeout_s}; it must be > 0")
+        self._follows = chunking != "off" and not (chunking == "auto" and self.lockstep)
+        self._guide = chunking != "blend"
+        self._shadow_wanted = text("shadow")
+        log = text("shadow_log")
+        self._shadow_log = Path(log) if log else None
+        self._versions = Versions(
+            self.contract,
+            self.load,
+            registry=text("registry"),
+            policy=text("policy"),
+            backend=self._backend,
+        )
+        self.exit_status = 0
 
     # Loading
 
     def load(self, path: Path) -> "ChunkPolicy":
-        """A policy for this cell. Raises what `load_policy` raises, and ContractMismatch."""
+        """A policy for this cell. Raises what `load_policy` raises."""
         from vla_post.export import load_policy
 
-        return load_policy(path, backend=cast(Literal["torch", "onnx"], self._backend))
-
-    def _load_first(self) -> Loaded:
-        if self._policy_path:
-            path = Path(self._policy_path)
-            if not path.is_dir():
-                raise UserError(f"runner: no checkpoint folder at {path}")
-            return self._checked(self.load(path), 0, {"path": str(path)})
-        registry = Registry(self._registry_path)
-        active = registry.active()
-        if active is None:
-            raise UserError(f"runner: {self._registry_path} has no active version yet")
-        return self._load_version(registry, active.number)
-
-    def _load_version(self, registry: Registry, number: int) -> Loaded:
-        version = registry.verify(number, contract=self.contract)
-        manifest = (registry.path(number) / "manifest.json").read_bytes()
-        card = {
-            "step": version.learner_step,
-            "parent": version.parent,
-            "sha256": hashlib.sha256(manifest).hexdigest(),
-        }
-        return self._checked(self.load(registry.path(number)), number, card)
-
-    def _checked(self, policy: "ChunkPolicy", version: int, card: dict[str, Any]) -> Loaded:
-        """Refuses a policy of another cell."""
-        if policy.contract_sha256 != self.contract.sha256:
-            policy.close()
-            raise UserError(
-                "runner: the policy was made for another contract "
-                f"({policy.contract_sha256[:12]}, this cell has {self.contract.sha256[:12]})"
-            )
-        unknown = set(policy.observation_keys) - set(self.contract.observations)
-        if unknown:
-            policy.close()
-            raise UserError(f"runner: the policy wants {sorted(unknown)}, which no topic brings")
-        return Loaded(policy, version, {"version": version, "backend": self._backend} | card)
+        backend = cast(Literal["torch", "onnx"], self._backend)
+        form = cast(Literal["identity", "jacobian"], self._rtc_form)
+        return load_policy(path, backend=backend, rtc_form=form)
 
     def setup(self) -> None:
-        self._loaded = self._load_first()
+        self._loaded = self._versions.first()
         self._candidate: Loaded | None = None
         self._refused: int | None = None
         self._refusal = ""
@@ -154,13 +141,19 @@ class RunnerNode(CellNode):
         self._instruction = self.contract.task(self._task).instruction
         self._asked_ns = -1
         self._busy = False
+        self._job_s = 0.0
+        self._hung = False
+        self._seam = Seam(self.contract.dt_ns, lockstep=self.lockstep)
+        self._shadow: Shadow | None = None
+        self._shadow_refused: int | None = None
+        self._shadow_refusal = ""
         self._chunk_id = 0
         self._errors = 0
         self._last_error = ""
         self.latency = Latency()
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
+        self._stop, self._look_now = threading.Event(), threading.Event()
         self._done = self.create_guard_condition(self._on_done)
         lifespan = Duration(seconds=0 if self.lockstep else 1)
         self._chunk_publisher = self.create_publisher(
@@ -169,6 +162,10 @@ class RunnerNode(CellNode):
             QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, lifespan=lifespan),
         )
         self._active_publisher = self.create_publisher(String, "policy/active", latched())
+        self._shadow_chunk_publisher = self.create_publisher(
+            JointTrajectory, "policy/shadow_chunk", reliable(1)
+        )
+        self._shadow_publisher = self.create_publisher(String, "policy/shadow", reliable(10))
         self._message = self._chunk_message()
         self._streams = Streams(
             self,
@@ -184,10 +181,10 @@ class RunnerNode(CellNode):
         self._services_made = [self.create_service(Trigger, "~/reload_policy", self._on_reload)]
         self._timers_made = [
             self.create_timer(0.05, self._maybe_infer, clock=STEADY),
+            self.create_timer(0.1, self._watch_inference, clock=STEADY),
         ]
         self._threads = [threading.Thread(target=self._work, name="inference", daemon=True)]
-        if self._registry_path:
-            self._look_now = threading.Event()
+        if self._versions.registry is not None or self._shadow_wanted:
             self._threads.append(
                 threading.Thread(target=self._watch_registry, name="registry", daemon=True)
             )
@@ -202,10 +199,12 @@ class RunnerNode(CellNode):
         if stop is not None:
             stop.set()
             self._jobs.put(None)
-            if "_look_now" in self.__dict__:
-                self._look_now.set()
+            self._look_now.set()
             for thread in self.__dict__.pop("_threads", []):
-                thread.join(timeout=5.0)
+                thread.join(timeout=0.0 if self._hung else 5.0)
+        shadow: Shadow | None = self.__dict__.pop("_shadow", None)
+        if shadow is not None:
+            shadow.close()
         streams: Streams | None = self.__dict__.pop("_streams", None)
         if streams is not None:
             streams.close()
@@ -217,12 +216,12 @@ class RunnerNode(CellNode):
         for name, destroy in removers:
             for entity in self.__dict__.pop(name, []):
                 destroy(entity)
-        for name in ("_chunk_publisher", "_active_publisher"):
-            publisher = self.__dict__.pop(name, None)
+        for name in ("_chunk", "_active", "_shadow_chunk", "_shadow"):
+            publisher = self.__dict__.pop(f"{name}_publisher", None)
             if publisher is not None:
                 self.destroy_publisher(publisher)
         loaded: Loaded | None = self.__dict__.pop("_loaded", None)
-        if loaded is not None:
+        if loaded is not None and not self._hung:
             loaded.policy.close()
 
     def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
@@ -232,7 +231,13 @@ class RunnerNode(CellNode):
             "version": self._loaded.version,
             "chunks": self._chunk_id,
             "errors": self._errors,
+            "delay_ticks": self._seam.delay,
         } | self.latency.summary_ms()
+        if self._shadow is not None:
+            values["shadow_version"] = self._shadow.version
+            values |= {f"shadow_{k}": v for k, v in self._shadow.record.summary().items()}
+        elif self._shadow_refusal:
+            values["shadow_refused"] = self._shadow_refusal
         if self._refusal:
             return DiagnosticStatus.WARN, self._refusal, values
         level = DiagnosticStatus.ERROR if self._last_error else DiagnosticStatus.OK
@@ -268,6 +273,7 @@ class RunnerNode(CellNode):
             # The arbiter holds from here on; its word of it may still be on the way, and a chunk
             # that is inferred on the old one would cross the next resume.
             self._mode = Mode.HOLD
+            self._seam.forget()
             self._maybe_swap()
         self._maybe_infer()
 
@@ -300,8 +306,17 @@ class RunnerNode(CellNode):
             return
         seed, start = self._episode or (0, 0)
         steps = max(0, (tick - start) // self.contract.dt_ns)
+        if not driving:
+            self._seam.forget()
+        previous = self._seam.previous(tick, self._fresh_ns) if self._follows else None
+        self._job_s = monotonic_s()
         job = _Job(
-            tick, aligned, self._instruction, (seed * 100_003 + steps) % 2**31, monotonic_s()
+            aligned,
+            self._instruction,
+            (seed * 100_003 + steps) % 2**31,
+            previous,
+            self._seam.delay,
+            self._job_s,
         )
         self._busy = True
         self._jobs.put(job)
@@ -315,43 +330,75 @@ class RunnerNode(CellNode):
             return False
         return monotonic_s() - max(self._tick_s, self._sent_s) > UNHEARD_S
 
+    def _watch_inference(self) -> None:
+        """A policy that hangs: say so, and leave; whoever started this process starts it again."""
+        if not self._busy or self._hung or monotonic_s() - self._job_s < self._timeout_s:
+            return
+        self._hung = True
+        reason = f"the policy hangs: no answer within {self._timeout_s:g} s"
+        self._fail(self._tick_ns, reason)
+        self.get_logger().fatal(f"{reason}; this process ends, to be started again")
+        self.exit_status = 1
+
     def _work(self) -> None:
         """The inference thread."""
         while (job := self._jobs.get()) is not None and not self._stop.is_set():
+            # A policy that hangs while it keeps the interpreter's lock stops our timers as well.
+            faulthandler.dump_traceback_later(self._timeout_s + 5.0, exit=True)
             try:
                 self._infer(job)
             except Exception as error:
-                self._fail(job.stamp_ns, f"the policy failed: {type(error).__name__}: {error}")
+                self._fail(
+                    job.aligned.tick_ns, f"the policy failed: {type(error).__name__}: {error}"
+                )
+            finally:
+                faulthandler.cancel_dump_traceback_later()
             self._busy = False
             if not self._stop.is_set():
                 self._done.trigger()
 
     def _infer(self, job: _Job) -> None:
-        loaded = self._loaded
+        loaded, stamp = self._loaded, job.aligned.tick_ns
+        keys = dict.fromkeys(loaded.policy.observation_keys)
+        if self._shadow is not None:
+            keys |= dict.fromkeys(self._shadow.loaded.policy.observation_keys)
         observation = {
-            key: decode(job.aligned.values[key], self.contract.observations[key])
-            for key in loaded.policy.observation_keys
+            key: decode(job.aligned.values[key], self.contract.observations[key]) for key in keys
         }
-        chunk = np.asarray(loaded.policy.act(observation, job.instruction, job.seed))
-        wanted = (self.contract.chunk_horizon, self.contract.action.size)
-        if chunk.shape != wanted:
-            raise ValueError(f"it returned a chunk of shape {chunk.shape}; expected {wanted}")
-        if not np.isfinite(chunk).all():
-            raise ValueError("it returned NaN or infinity")
+        question = Question(stamp, observation, job.instruction, job.seed, job.previous, job.delay)
+        chunk = ask(loaded.policy, question, self.contract, guide=self._guide)
+        if self._hung:
+            return  # it answered after all, but the arbiter was told otherwise
         self._chunk_id += 1
         self._last_error = ""
-        message = self._message
-        set_stamp(message.header.stamp, job.stamp_ns)
-        message.header.frame_id = f"{loaded.version}#{self._chunk_id}"
-        for point, row in zip(message.points, chunk.astype(np.float64), strict=True):
-            point.positions = array.array("d", row.tobytes())
-        self._chunk_publisher.publish(message)
+        self._fill(self._message, stamp, f"{loaded.version}#{self._chunk_id}", chunk)
+        self._chunk_publisher.publish(self._message)
         self._sent_s = monotonic_s()
-        self.latency.add(monotonic_s() - job.started_s)
+        self._seam.sent(stamp, chunk, self._tick_ns)
+        self.latency.add(self._sent_s - job.started_s)
         self._probes = [*self._probes[-3:], (observation, job.instruction)]
+        if self._shadow is not None:
+            self._shadow.offer(
+                Proposal(question, loaded.version, self._chunk_id, chunk, self._guide)
+            )
+
+    @staticmethod
+    def _fill(message: JointTrajectory, stamp: int, frame_id: str, chunk: Rows) -> None:
+        set_stamp(message.header.stamp, stamp)
+        message.header.frame_id = frame_id
+        for point, row in zip(message.points, chunk, strict=True):
+            point.positions = array.array("d", row.tobytes())
+
+    def _say_shadow(self, proposal: Proposal, version: int, chunk: Rows, text: str) -> None:
+        """From the shadow's thread."""
+        message = self._chunk_message()
+        self._fill(message, proposal.question.stamp_ns, f"{version}#{proposal.chunk_id}", chunk)
+        self._shadow_chunk_publisher.publish(message)
+        self._shadow_publisher.publish(String(data=text))
 
     def _fail(self, tick_ns: int, reason: str) -> None:
         self._errors += 1
+        self._seam.forget()
         self._last_error = reason
         self.get_logger().error(reason, throttle_duration_sec=2.0)
         message = JointTrajectory()
@@ -377,40 +424,64 @@ class RunnerNode(CellNode):
     # Versions
 
     def _watch_registry(self) -> None:
-        """Loads and checks a newly active version beside the running one."""
-        registry = Registry(self._registry_path)
+        """Loads and checks what is new beside the running policy."""
         while not self._stop.is_set():
+            if self._versions.registry is not None:
+                self._look_for_active()
+            if self._shadow_wanted and not self._stop.is_set():
+                self._look_for_shadow()
             self._look_now.wait(REGISTRY_PERIOD_S)
             self._look_now.clear()
-            if self._stop.is_set():
+
+    def _look_for_active(self) -> None:
+        assert self._versions.registry is not None
+        number: int | None = None
+        try:
+            active = self._versions.registry.active()
+            candidate = self._candidate
+            known = {self._loaded.version, self._refused}
+            if candidate is not None:
+                known.add(candidate.version)
+            if active is None or active.number in known:
                 return
-            number: int | None = None
-            try:
-                active = registry.active()
-                candidate = self._candidate
-                known = {self._loaded.version, self._refused}
-                if candidate is not None:
-                    known.add(candidate.version)
-                if active is None or active.number in known:
-                    continue
-                number = active.number
-                loaded = self._load_version(registry, number)
-                jump = self._max_jump or None
-                require_fit(
-                    loaded.policy,
-                    self._probes,
-                    self.contract.action,
-                    running=self._loaded.policy if jump else None,
-                    max_jump=jump,
-                )
-            except Exception as error:
-                # Whatever a version on disk does, the running one goes on.
-                self._refused = number
-                self._refusal = f"version {number} refused: {error}"
-                self.get_logger().error(self._refusal)
-                continue
-            self._refusal, self._candidate = "", loaded
-            self._done.trigger()
+            number = active.number
+            loaded = self._versions.version(number)
+            jump = self._max_jump or None
+            require_fit(
+                loaded.policy,
+                self._probes,
+                self.contract.action,
+                running=self._loaded.policy if jump else None,
+                max_jump=jump,
+            )
+        except Exception as error:
+            # Whatever a version on disk does, the running one goes on.
+            self._refused = number
+            self._refusal = f"version {number} refused: {error}"
+            self.get_logger().error(self._refusal)
+            return
+        self._refusal, self._candidate = "", loaded
+        self._done.trigger()
+
+    def _look_for_shadow(self) -> None:
+        """Loads the shadow that is asked for, and follows `newest`."""
+        running, number = self._shadow, None
+        try:
+            number = self._versions.resolve(self._shadow_wanted)
+            known = {None, self._shadow_refused, running.version if running else None}
+            if number in known:
+                return
+            loaded = self._versions.load(self._shadow_wanted, number)
+        except Exception as error:
+            self._shadow_refused = number
+            self._shadow_refusal = f"shadow {self._shadow_wanted!r} refused: {error}"
+            self.get_logger().error(self._shadow_refusal, throttle_duration_sec=60.0)
+            return
+        self._shadow_refusal = ""
+        self._shadow = Shadow(self.contract, loaded, self._say_shadow, self._shadow_log)
+        self.get_logger().info(f"shadow: version {loaded.version}")
+        if running is not None:
+            running.close()
 
     def _maybe_swap(self) -> None:
         """Adopts the candidate between episodes, or between chunks if the contract allows."""
@@ -420,6 +491,8 @@ class RunnerNode(CellNode):
             return
         old, self._loaded, self._candidate = self._loaded, candidate, None
         old.policy.close()
+        self.latency = Latency()
+        self._seam.restart_latency()
         self._announce()
 
     def _announce(self) -> None:
@@ -428,10 +501,10 @@ class RunnerNode(CellNode):
         self._active_publisher.publish(String(data=json.dumps(card)))
 
     def _on_reload(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        if not self._registry_path:
+        if self._versions.registry is None:
             response.success, response.message = False, "a fixed policy is running, no registry"
             return response
-        self._refused = None
+        self._refused = self._shadow_refused = None
         self._look_now.set()
         response.success = True
         response.message = "looking; a version that passes its checks is adopted between episodes"

@@ -15,6 +15,8 @@ from trajectory_store.contract import Contract
 class ObedientPolicy:
     """Constant actions of the size that the checkpoint holds; misbehaves on request."""
 
+    takes_previous = False
+
     def __init__(self, path: Path, contract: Contract) -> None:
         self.contract_sha256 = contract.sha256
         self.observation_keys = tuple(contract.observations)
@@ -28,7 +30,8 @@ class ObedientPolicy:
             raise RuntimeError("the network is on fire")
         if instruction == "hang":
             time.sleep(600)
-        chunk = np.full(self._shape, self._value, np.float32)
+        sign = -1.0 if instruction == "waver" and seed % 2 else 1.0
+        chunk = np.full(self._shape, sign * self._value, np.float32)
         if instruction == "nan":
             chunk[3, 1] = np.nan
         return chunk[:2] if instruction == "shape" else chunk

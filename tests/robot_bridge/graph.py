@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,16 @@ class Cell:
     Lockstep robot: publishes tick k + 1 when the command of tick k came, while `moving`.
     """
 
-    def __init__(self, contract: Contract, folder: Path, **config: Any) -> None:
+    def __init__(
+        self,
+        contract: Contract,
+        folder: Path,
+        *,
+        runner: Mapping[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
         self.contract = contract
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "cell.yaml"
         path.write_text(json.dumps(contract.to_dict(), indent=1))
@@ -66,7 +74,7 @@ class Cell:
             )
         )
         changes = {
-            "runner": {"module": "fake_runner"},
+            "runner": {"module": "fake_runner", "parameters": dict(runner or {})},
             "arbiter": {"parameters": {"lockstep_wait_s": 2.0, "stamp_commands": True}},
         }
         for i, spec in enumerate(specs):
@@ -100,6 +108,7 @@ class Cell:
         self.state: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         self.active: dict[str, Any] = {}
+        self.chunks: list[tuple[int, str, np.ndarray]] = []
         self.diagnostics: dict[str, tuple[int, str]] = {}
         node = self.node
         self._joints = node.create_publisher(JointState, "joint_states", reliable(10))
@@ -116,6 +125,7 @@ class Cell:
         subscribe(DiagnosticStatus, "arbiter/state", self._on_state, latched())
         subscribe(String, "events", self._on_event, latched(200))
         subscribe(String, "policy/active", self._on_active, latched())
+        subscribe(JointTrajectory, "policy/action_chunk", self._on_chunk, reliable(50))
         subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, reliable(10))
 
     # The robot
@@ -166,6 +176,10 @@ class Cell:
 
     def _on_active(self, message: String) -> None:
         self.active = json.loads(message.data)
+
+    def _on_chunk(self, message: JointTrajectory) -> None:
+        rows = np.array([point.positions for point in message.points])
+        self.chunks.append((stamp_ns(message.header.stamp), message.header.frame_id, rows))
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:

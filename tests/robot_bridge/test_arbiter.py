@@ -377,6 +377,19 @@ def test_a_runner_that_never_answers_is_noticed_after_resume(rig):
     assert "does the policy runner live?" in rig.core.reason
 
 
+def test_a_policy_that_fell_silent_may_still_say_why(rig):
+    rig.drive_policy(0.1)
+    rig.step(12)
+    assert rig.core.reason == "the chunk has run out"
+    rig.chunk(0.1, frame=POLICY_ERROR + "the policy hangs")
+    assert (rig.core.mode, rig.core.reason) == (Mode.HOLD, "chunk refused: the policy hangs")
+    rig.drive_policy(0.1)
+    rig.drive_human()
+    rig.core.set_intervention(False, rig.mono_s)
+    rig.chunk(0.1, frame=POLICY_ERROR + "the policy hangs")
+    assert rig.core.reason == "operator handed back"
+
+
 class TestLockstep:
     @pytest.fixture
     def rig(self) -> Rig:

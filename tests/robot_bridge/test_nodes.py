@@ -45,7 +45,6 @@ def cell(tmp_path_factory):
     policy = checkpoint(folder / "policy", contract())
     with Cell(contract(), folder, policy=policy, store=folder / "store") as running:
         running.up()
-        running.folder = folder  # type: ignore[attr-defined]
         yield running
 
 
@@ -63,7 +62,7 @@ def clean_up(request):
 
 
 def rows_of(cell: Cell, uuid: str) -> tuple[Store, list[int]]:
-    store = Store(cell.folder / "store")  # type: ignore[attr-defined]
+    store = Store(cell.folder / "store")
 
     def stored() -> bool:
         store.refresh()

@@ -88,3 +88,31 @@ def test_an_arm_is_driven_within_its_limits_and_held_when_it_falls_silent(tmp_pa
     assert {0, 3} <= set(source.tolist())
     proposals = store.read("action.policy", rows)[source == 0]
     np.testing.assert_allclose(proposals, 0.4, rtol=1e-6)
+
+
+def test_a_policy_that_wavers_is_blended_into_the_chunk_that_runs(tmp_path):
+    """Every chunk goes the other way; what is published still begins as the one before went on."""
+    contract = arm(
+        chunk_horizon=100,
+        execute_steps=10,
+        tasks={"pass": {"instruction": "waver", "time_limit_s": 100.0}},
+        safety={
+            "joint_state_max_age_ms": 5000,
+            "chunk_max_age_ms": 5000,
+            "overrun_ticks": 1000,
+        },
+    )
+    policy = checkpoint(tmp_path / "policy", contract, 0.4)
+    with LiveArm(contract, tmp_path, policy=policy) as cell:
+        cell.up()
+        cell.start_episode("pass")
+        cell.until(lambda: len(cell.chunks) >= 12, "some chunks")
+        pairs = 0
+        for (t0, _, old), (t1, _, new) in zip(cell.chunks, cell.chunks[1:], strict=False):
+            step = round((t1 - t0) / contract.dt_ns)
+            if step < 1 or step >= 90:
+                continue  # a test machine that slept: nothing was left to continue
+            np.testing.assert_allclose(new[0], old[step], atol=1e-12)
+            assert np.abs(np.diff(new, axis=0)).max() < 0.8 / 2, "no step between two minds"
+            pairs += np.abs(old[-1] - new[-1]).max() > 0.5
+        assert pairs >= 2, "the policy changed its mind"

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
+from trajectory_store.contract import Contract, parse_contract
 from vla_post.policies.checkpoint import CheckpointError, read_card
 
 POLICY_FILE = "policy.onnx"
@@ -367,6 +368,17 @@ def read_policy_card(path: Path) -> dict[str, Any]:
     if not (path / POLICY_FILE).is_file():
         raise CheckpointError(f"{path / POLICY_FILE}: missing; export again")
     return card
+
+
+def policy_contract(path: str | Path) -> Contract:
+    """The cell that a checkpoint or export folder was made for.
+
+    Raises:
+        CheckpointError: neither of the two.
+    """
+    path = Path(path)
+    card = read_policy_card(path) if (path / POLICY_CARD).is_file() else read_card(path)
+    return parse_contract(card["contract"], name=str(path))
 
 
 EXPORT_FORMAT = "vla_post/export/1"
