@@ -41,6 +41,11 @@ class CellConfig:
     policy: Path | None = None
     """A fixed checkpoint folder instead of a registry. Neither: no runner (teleoperation only)."""
     backend: Literal["torch", "onnx"] = "torch"
+    shadow: str = ""
+    """A candidate beside the active policy that moves nothing: a folder, a version of the registry,
+    or `newest`. Its comparison is on `policy/shadow`."""
+    shadow_log: Path | None = None
+    """A file that gets every comparison of the shadow as one JSON line."""
     infer_while_human: bool = False
     """Let the policy propose while a human drives, for `action.policy` in the store."""
     store: Path | None = None
@@ -147,7 +152,13 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
             spec(
                 "runner",
                 "robot_bridge.nodes.runner",
-                source | {"backend": config.backend, "infer_while_human": config.infer_while_human},
+                source
+                | {
+                    "backend": config.backend,
+                    "infer_while_human": config.infer_while_human,
+                    "shadow": config.shadow,
+                    "shadow_log": str(config.shadow_log.resolve()) if config.shadow_log else "",
+                },
             )
         )
     supervision: dict[str, Value] = {

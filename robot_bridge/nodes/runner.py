@@ -468,8 +468,8 @@ class RunnerNode(CellNode):
         running, number = self._shadow, None
         try:
             number = self._versions.resolve(self._shadow_wanted)
-            known = {None, self._shadow_refused, running.version if running else None}
-            if number in known:
+            known = (self._shadow_refused, running.version if running else None)
+            if number is None or number in known:
                 return
             loaded = self._versions.load(self._shadow_wanted, number)
         except Exception as error:

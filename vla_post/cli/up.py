@@ -32,6 +32,10 @@ class Up:
     store: Path | None = None
     """Record into this trajectory store; nothing is recorded without it."""
     backend: Literal["torch", "onnx"] = "torch"
+    shadow: str = ""
+    """A candidate beside the policy that moves nothing: a folder, a version, or `newest`."""
+    shadow_log: Path | None = None
+    """Write what the candidate would have done otherwise to this file, one JSON line a chunk."""
     operator: Literal["none", "scripted"] = "none"
     """scripted: simulated cells only; runs --episodes episodes, then everything ends."""
     episodes: int = 10
@@ -68,6 +72,8 @@ class Up:
                 registry=self.registry,
                 policy=self.policy,
                 backend=self.backend,
+                shadow=self.shadow,
+                shadow_log=self.shadow_log,
                 store=self.store,
                 simulated=simulated,
                 real_time_factor=self.real_time_factor,
