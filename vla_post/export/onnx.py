@@ -29,7 +29,6 @@ from vla_post.export.runtime import (
     OnnxPolicy,
     TorchPolicy,
 )
-from vla_post.policies.flow_math import euler
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 
 OPSET = 20
@@ -103,8 +102,7 @@ class PolicyGraph(nn.Module):
             inputs[name] = tensor != 0 if name.endswith("mask") else tensor.long()
         head = self.policy.head
         context = head.encode(inputs)
-        x = euler(lambda x, t: head.velocity(context, x, t), tensors[-1], head.denoising_steps)
-        x = x[..., : self.policy.action_size]
+        x = head.sample(context, tensors[-1][:, None])[:, 0]
         return x * self.get_buffer("action_scale") + self.get_buffer("action_offset")
 
 

@@ -132,8 +132,6 @@ def check_observation(
 class TorchPolicy:
     """A checkpoint through PyTorch, on the CPU or the GPU that the checkpoint's config names."""
 
-    takes_previous = True
-
     def __init__(self, path: Path, *, threads: int = 1, rtc_form: RtcForm = "identity") -> None:
         card = read_card(path)
         import torch
@@ -224,6 +222,7 @@ class TorchPolicy:
         self._shapes = {key: features[key].shape for key in features if key in wanted}
         self.observation_keys = tuple(self._shapes)
         self.horizon, self.action_size = self.policy.horizon, self.policy.action_size
+        self.takes_previous = self.policy.can_continue
 
     def _warm_up(self) -> None:
         """The first calls of a network allocate and compile; a robot should not wait for that."""
@@ -235,7 +234,8 @@ class TorchPolicy:
         instruction = next(iter(self.policy.contract.tasks.values())).instruction
         for seed in range(2):
             self.act(blank, instruction, seed)
-        self.act(blank, instruction, previous=np.zeros((1, self.action_size), np.float32))
+        if self.takes_previous:
+            self.act(blank, instruction, previous=np.zeros((1, self.action_size), np.float32))
 
 
 class OnnxPolicy:

@@ -27,8 +27,13 @@ def write_card(
     kind: str,
     contract: Contract,
     statistics: Mapping[str, Mapping[str, Any]],
+    training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the card beside a lerobot policy's own files."""
+    """Writes the card beside a lerobot policy's own files.
+
+    Args:
+        training: what holds for whoever trains it next (frozen parts, adapters).
+    """
     card = {
         "format": FORMAT,
         "kind": kind,
@@ -38,6 +43,7 @@ def write_card(
             key: {name: np.asarray(value).tolist() for name, value in entry.items()}
             for key, entry in statistics.items()
         },
+        "training": dict(training or {}),
         "versions": _versions("vla-post", "torch", "lerobot", "transformers"),
     }
     (folder / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")

@@ -22,6 +22,7 @@ from lerobot.processor import make_default_policy_processor_steps, make_policy_p
 from torch import Tensor, nn
 
 from vla_post.policies.flow_math import euler, flow_loss, interpolate, target_velocity
+from vla_post.policies.heads import FlowHead
 
 TASK_INDEX = "observation.instruction_slot"
 """Added by the policy to its inputs: the slot of the instruction, (B,) int64."""
@@ -126,7 +127,7 @@ class ChunkFlowNet(nn.Module):
 
 
 class ChunkFlowPolicy(PreTrainedPolicy):
-    """See the module. Also a `ChunkHead`, so the adapter calls it without a wrapper."""
+    """See the module."""
 
     config_class = ChunkFlowConfig  # pyright: ignore[reportAssignmentType]
     name = "chunk_flow"  # pyright: ignore[reportAssignmentType]
@@ -139,7 +140,6 @@ class ChunkFlowPolicy(PreTrainedPolicy):
         assert config.action_feature is not None
         vectors = sum(config.input_features[key].shape[0] for key in config.vector_keys)
         self.noise_size = config.action_feature.shape[0]
-        self.denoising_steps = config.num_steps
         self.net = ChunkFlowNet(
             vectors + config.instruction_slots,
             config.chunk_size * self.noise_size,
@@ -148,8 +148,6 @@ class ChunkFlowPolicy(PreTrainedPolicy):
             config.time_frequencies,
         )
         self.reset()
-
-    # ChunkHead ----------------------------------------------------------------------------------
 
     def encode(self, inputs: dict[str, Any]) -> Float[Tensor, "B C"]:
         vectors = [inputs[key].flatten(1) for key in self.config.vector_keys]
@@ -165,17 +163,11 @@ class ChunkFlowPolicy(PreTrainedPolicy):
         digest = hashlib.sha256(instruction.strip().lower().encode()).digest()
         return int.from_bytes(digest[:8], "big") % self.config.instruction_slots
 
-    def repeat(self, context: Tensor, n: int) -> Tensor:
-        return context.repeat_interleave(n, dim=0)
-
     def velocity(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
         return self.net(context, x, time)
 
     def sample_time(self, n: int, device: torch.device) -> Tensor:
         return torch.rand(n, device=device)
-
-    def features(self, context: Tensor) -> Tensor:
-        return context
 
     # lerobot ------------------------------------------------------------------------------------
 
@@ -220,3 +212,28 @@ class ChunkFlowPolicy(PreTrainedPolicy):
             chunk = self.predict_action_chunk(batch, **kwargs)
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         return self._queue.popleft()
+
+
+class ChunkFlowHead(FlowHead):
+    """The policy as the adapter drives it."""
+
+    def __init__(self, policy: ChunkFlowPolicy) -> None:
+        self.policy = policy
+        self.horizon = policy.config.chunk_size
+        self.action_size = self.noise_size = policy.noise_size
+        self.denoising_steps = policy.config.num_steps
+
+    def encode(self, inputs: dict[str, Any]) -> Tensor:
+        return self.policy.encode(inputs)
+
+    def repeat(self, context: Tensor, n: int) -> Tensor:
+        return context.repeat_interleave(n, dim=0)
+
+    def velocity(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        return self.policy.velocity(context, x, time)
+
+    def sample_time(self, n: int, device: torch.device) -> Tensor:
+        return self.policy.sample_time(n, device)
+
+    def features(self, context: Tensor) -> Tensor:
+        return context

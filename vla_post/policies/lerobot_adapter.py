@@ -1,16 +1,19 @@
-"""Any lerobot flow policy with an action-chunk head as our `Policy`; the one door to lerobot.
+"""Any lerobot policy with an action-chunk head as our `Policy`; the one door to lerobot.
 
-B batch, n samples per observation, H chunk length, A action size, W the model's action width (A, or
-more where it pads), F feature size. lerobot's flow policies put noise at t = 1 and predict
-noise - action; this project puts noise at t = 0 and speaks of data - noise: the heads convert.
+B batch, n samples per observation, H chunk length, A action size, W width of the noise (A, or more
+where a model pads actions), F feature size. One head per family calls the networks (`heads.py`);
+here are units, devices, precision, what trains, and checkpoints.
 
 One encoder pass serves all samples and all denoising steps, in training as on the robot.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -19,44 +22,21 @@ from torch import Tensor, nn
 from trajectory_store.contract import Contract, parse_contract
 from vla_post.batch import Batch, Observation
 from vla_post.policies.checkpoint import CARD, CheckpointError, read_card, write_card
-from vla_post.policies.flow_math import euler, flow_loss, interpolate, target_velocity
+from vla_post.policies.heads import Guide, UnsupportedPolicy, check_family, make_head
+from vla_post.policies.lora import LoraConfig, add_lora, merge_lora
+from vla_post.policies.pi_tiny import pi_parts
 from vla_post.policies.rtc import RtcConfig, guided, prefix_weights
 
 VLM_FOLDER = "vlm"
-"""Inside a checkpoint: what SmolVLA needs to know of its vision-language model."""
+"""Inside a checkpoint: tokenizer and sizes of a vision-language model, else taken from a hub."""
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""What lerobot normalises pictures with where a policy asks for mean and deviation."""
+
+Precision = Literal["float32", "bfloat16"]
 
 Statistics = Mapping[str, Mapping[str, Any]]
-"""{key: {"mean": (D,), "std": (D,), "min": (D,), "max": (D,)}} of the training data."""
-
-
-class UnsupportedPolicy(ValueError):
-    """A lerobot policy without a flow-matching chunk head that we know."""
-
-
-class ChunkHead(Protocol):
-    """What the adapter asks of one type of lerobot policy, in this project's flow convention."""
-
-    noise_size: int
-    """W."""
-    denoising_steps: int
-
-    def encode(self, inputs: dict[str, Any]) -> Any:
-        """Everything that depends on the observation alone; `inputs` are preprocessed."""
-        ...
-
-    def repeat(self, context: Any, n: int) -> Any:
-        """The context of each item n times in a row. May reuse `context`'s memory."""
-        ...
-
-    def velocity(
-        self, context: Any, x: Float[Tensor, "N H W"], time: Float[Tensor, " N"]
-    ) -> Float[Tensor, "N H W"]: ...
-
-    def sample_time(self, n: int, device: torch.device) -> Float[Tensor, " n"]:
-        """Times as the policy's own training draws them."""
-        ...
-
-    def features(self, context: Any) -> Float[Tensor, "B F"]: ...
+"""{key: {mean, std, min, max, q01, q99: (D,)}} of the training data."""
 
 
 class LeRobotPolicy:
@@ -82,37 +62,57 @@ class LeRobotPolicy:
         postprocess: Any,
         contract: Contract,
         statistics: Statistics,
+        *,
+        vlm_folder: Path | None = None,
     ) -> None:
         self.module: nn.Module = module
         self.config: Any = module.config
         self.preprocess, self.postprocess = preprocess, postprocess
         self.contract = contract
         self.statistics = statistics
-        self.horizon = int(self.config.chunk_size)
-        self.action_size = int(self.config.action_feature.shape[0])
+        self.vlm_folder = vlm_folder
+        self.head = make_head(module)
+        self.horizon, self.action_size = self.head.horizon, self.head.action_size
+        self.frozen: tuple[str, ...] = ()
+        self.lora: LoraConfig | None = None
         expected = (contract.chunk_horizon, contract.action.size)
         if (self.horizon, self.action_size) != expected:
             raise UnsupportedPolicy(
                 f"the policy emits chunks of (H, A) = {(self.horizon, self.action_size)}; cell "
                 f"{contract.cell!r} declares {expected}"
             )
-        self.head = _head(module)
 
     # Building and checkpoints -------------------------------------------------------------------
 
     @classmethod
-    def build(cls, config: Any, contract: Contract, statistics: Statistics) -> Self:
-        """A policy with fresh weights from a lerobot policy configuration."""
+    def build(
+        cls,
+        config: Any,
+        contract: Contract,
+        statistics: Statistics,
+        *,
+        vlm_folder: Path | None = None,
+    ) -> Self:
+        """A policy with fresh weights from a lerobot policy configuration.
+
+        Args:
+            vlm_folder: tokenizer (and sizes, `pi_tiny`) that travel with the checkpoint.
+        """
         from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
+        check_family(config.type)
         _offline()
-        module = get_policy_class(config.type)(config)
         stats: Any = {
             key: {name: torch.as_tensor(v, dtype=torch.float32) for name, v in entry.items()}
-            for key, entry in statistics.items()
+            for key, entry in (
+                {key: IMAGENET for key in config.image_features} | dict(statistics)
+            ).items()
         }
-        preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
-        return cls(module, preprocess, postprocess, contract, statistics)
+        with pi_parts(vlm_folder if config.type in ("pi0", "pi05") else None):
+            module = get_policy_class(config.type)(config)
+            preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
+        module.to(config.device)
+        return cls(module, preprocess, postprocess, contract, statistics, vlm_folder=vlm_folder)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None) -> Self:
@@ -123,6 +123,38 @@ class LeRobotPolicy:
         """
         folder = Path(folder)
         card = read_card(folder)
+        settings = card.get("training", {})
+        lora = settings.get("lora")
+        policy = cls.load_lerobot(
+            folder,
+            parse_contract(card["contract"], name=str(folder / CARD)),
+            card["statistics"],
+            device=device,
+            lora=LoraConfig(**lora) if lora else None,
+        )
+        policy.freeze(settings.get("frozen", ()))
+        return policy
+
+    @classmethod
+    def load_lerobot(
+        cls,
+        folder: Path,
+        contract: Contract,
+        statistics: Statistics,
+        *,
+        device: str | None = None,
+        vlm_folder: Path | None = None,
+        lora: LoraConfig | None = None,
+    ) -> Self:
+        """Reads lerobot's own files of a policy directory.
+
+        Args:
+            vlm_folder: tokenizer and model description; the directory's own `vlm` if it has one.
+
+        Raises:
+            CheckpointError: incomplete or not readable.
+            UnsupportedPolicy: no chunk head that we know, or another chunk than the contract's.
+        """
         _offline()
         # `lerobot.policies` registers lerobot's own types; ours registers itself.
         import lerobot.policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -131,30 +163,38 @@ class LeRobotPolicy:
 
         import vla_post.policies.flow  # pyright: ignore[reportUnusedImport]  # noqa: F401
 
+        if vlm_folder is None and (folder / VLM_FOLDER).is_dir():
+            vlm_folder = folder / VLM_FOLDER
         overrides: dict[str, Any] = {}
         try:
             config: Any = PreTrainedConfig.from_pretrained(folder)
+            check_family(config.type)
             if device is not None:
                 config.device = device
-            if (folder / VLM_FOLDER).is_dir():
-                config.vlm_model_name = str(folder / VLM_FOLDER)
-                overrides["tokenizer_processor"] = {"tokenizer_name": config.vlm_model_name}
+            if vlm_folder is not None:
+                overrides["tokenizer_processor"] = {"tokenizer_name": str(vlm_folder)}
+                if hasattr(config, "vlm_model_name"):
+                    config.vlm_model_name = str(vlm_folder)
             overrides["device_processor"] = {"device": config.device}
-            module: Any = get_policy_class(config.type)(config)
+            with pi_parts(vlm_folder if config.type in ("pi0", "pi05") else None):
+                module: Any = get_policy_class(config.type)(config)
+            if lora is not None:
+                add_lora(module, lora)
             load_weights(module, folder)
             preprocess, postprocess = make_pre_post_processors(
                 config, pretrained_path=str(folder), preprocessor_overrides=overrides
             )
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError | UnsupportedPolicy):
                 raise
             raise CheckpointError(
                 f"{folder}: this checkpoint does not load ({type(error).__name__}: {error}). It "
                 "may be incomplete or made by another lerobot; roll back to an older version."
             ) from error
         module.to(config.device).eval()
-        contract = parse_contract(card["contract"], name=str(folder / CARD))
-        return cls(module, preprocess, postprocess, contract, card["statistics"])
+        policy = cls(module, preprocess, postprocess, contract, statistics, vlm_folder=vlm_folder)
+        policy.lora = lora
+        return policy
 
     def save(self, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> Path:
         """Writes a lerobot directory plus our card.
@@ -166,9 +206,10 @@ class LeRobotPolicy:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.vlm_folder is not None:
+            _copy_folder(self.vlm_folder, folder / VLM_FOLDER)
         vlm = getattr(self.config, "vlm_model_name", None)
-        if vlm is not None:
-            _copy_folder(Path(vlm), folder / VLM_FOLDER)
+        if vlm is not None and self.vlm_folder is not None:
             self.config.vlm_model_name = VLM_FOLDER
         try:
             self.config.save_pretrained(folder)
@@ -176,15 +217,82 @@ class LeRobotPolicy:
             if vlm is not None:
                 self.config.vlm_model_name = vlm
         weights = self.module.state_dict() if state_dict is None else state_dict
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            folder / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+        save_file(_unshared(weights), folder / "model.safetensors", metadata={"format": "pt"})
         self.preprocess.save_pretrained(folder)
         self.postprocess.save_pretrained(folder)
-        write_card(folder, kind=self.kind, contract=self.contract, statistics=self.statistics)
+        write_card(
+            folder,
+            kind=self.kind,
+            contract=self.contract,
+            statistics=self.statistics,
+            training={
+                "frozen": list(self.frozen),
+                "lora": None if self.lora is None else asdict(self.lora),
+            },
+        )
         return folder
+
+    # What trains --------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that train."""
+        return (p for p in self.module.parameters() if p.requires_grad)
+
+    def freeze(self, patterns: Sequence[str]) -> int:
+        """Stops training the parameters whose names match one of the patterns (`*` and `?`).
+
+        The patterns are kept in the checkpoint and hold for whoever trains it next.
+
+        Returns:
+            How many numbers have stopped training.
+
+        Raises:
+            ValueError: a pattern that matches nothing, or nothing left to train.
+        """
+        count = 0
+        named = dict(self.module.named_parameters())
+        for pattern in patterns:
+            matched = [p for name, p in named.items() if fnmatchcase(name, pattern)]
+            if not matched:
+                parts = sorted({".".join(name.split(".")[:3]) + ".*" for name in named})
+                raise ValueError(
+                    f"no parameter of this {self.kind} matches {pattern!r}; there are "
+                    f"{', '.join(parts[:12])}{', ...' if len(parts) > 12 else ''}"
+                )
+            for parameter in matched:
+                count += parameter.numel() * parameter.requires_grad
+                parameter.requires_grad_(False)
+        if patterns and not any(p.requires_grad for p in named.values()):
+            raise ValueError(f"freezing {', '.join(patterns)} leaves nothing to train")
+        self.frozen = tuple(dict.fromkeys([*self.frozen, *patterns]))
+        return count
+
+    def add_lora(self, config: LoraConfig) -> int:
+        """Freezes everything and adds low-rank adapters (peft) that train instead.
+
+        Returns:
+            How many numbers train now.
+        """
+        add_lora(self.module, config)
+        self.lora = config
+        return sum(p.numel() for p in self.parameters())
+
+    def merge_lora(self) -> None:
+        """Folds the adapters into the weights: a plain lerobot policy again, all of it training."""
+        merge_lora(self.module)
+        self.lora = None
+
+    @property
+    def precision(self) -> Precision:
+        """In which the networks compute; weights and losses stay float32. Kept in config.json."""
+        return "bfloat16" if self.config.use_amp else "float32"
+
+    @precision.setter
+    def precision(self, value: Precision) -> None:
+        self.config.use_amp = value == "bfloat16"
+
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.use_amp))
 
     # The `Policy` noun --------------------------------------------------------------------------
 
@@ -204,16 +312,18 @@ class LeRobotPolicy:
         return self.head.noise_size
 
     @property
+    def can_continue(self) -> bool:
+        """Whether `act` takes `previous`: flow policies do."""
+        return self.head.can_continue
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that train."""
-        return (p for p in self.module.parameters() if p.requires_grad)
-
     def encode(self, observation: Observation, instruction: list[str]) -> Any:
         """The head's context; give it to `sample` for many chunks of one observation."""
-        return self.head.encode(self._inputs(observation, instruction))
+        with self._computing():
+            return self.head.encode(self._inputs(observation, instruction))
 
     def act(
         self,
@@ -237,6 +347,11 @@ class LeRobotPolicy:
             with torch.inference_mode():
                 context = self.encode(observation, instruction)
                 return self.sample(context, len(instruction), n_samples, noise=noise)
+        if not self.can_continue:
+            raise ValueError(
+                f"{self.kind} has no flow that could be led to continue a running chunk; act "
+                "without `previous` and blend where the chunks overlap"
+            )
         with torch.no_grad():  # inference tensors could not carry the guidance's gradient
             rows = previous[:, : self.horizon]
             overlap = rows.shape[1]
@@ -250,7 +365,8 @@ class LeRobotPolicy:
                 nn.functional.pad(weights[:, None].repeat(1, self.action_size), (0, padding)),
                 rtc,
             )
-            context = self.head.encode(inputs)
+            with self._computing():
+                context = self.head.encode(inputs)
             return self.sample(context, len(instruction), n_samples, noise=noise, follow=follow)
 
     def sample(
@@ -262,7 +378,7 @@ class LeRobotPolicy:
         noise: Float[Tensor, "B n H W"] | None = None,
         follow: tuple[Tensor, Tensor, RtcConfig] | None = None,
     ) -> Float[Tensor, "B n H A"]:
-        """Integrates the flow from noise to chunks, and un-normalises them.
+        """Chunks from noise, in robot units; the context stays usable.
 
         Args:
             follow: (previous (B, H, W), weights (H, W), config) of `vla_post.policies.rtc`.
@@ -272,19 +388,14 @@ class LeRobotPolicy:
             noise = torch.randn(shape, device=self.device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
-        if n_samples > 1:
-            context = self.head.repeat(context, n_samples)
-
-        def velocity(x: Tensor, time: Tensor) -> Tensor:
-            return self.head.velocity(context, x, time)
-
-        field = velocity
+        guide: Guide | None = None
         if follow is not None:
             previous, weights, rtc = follow
             previous = previous.repeat_interleave(n_samples, dim=0)
-            field = guided(velocity, previous, weights.to(previous), rtc)
-        x = euler(field, noise.flatten(0, 1), self.head.denoising_steps)
-        action = self.unnormalise(x[..., : self.action_size])
+            guide = partial(guided, previous=previous, weights=weights.to(previous), config=rtc)
+        with self._computing():
+            action = self.head.sample(context, noise, guide)
+        action = self.unnormalise(action.float().flatten(0, 1))
         return action.unflatten(0, (batch_size, n_samples))
 
     def chunk_loss(
@@ -294,37 +405,31 @@ class LeRobotPolicy:
         noise: Float[Tensor, "B n H W"] | Float[Tensor, "B H W"] | None = None,
         time: Float[Tensor, "B n"] | Float[Tensor, " B"] | None = None,
     ) -> Float[Tensor, " B"]:
-        """Flow-matching loss of each item over its valid steps; padding weighs exactly 0.
+        """The policy's own training loss of each item over valid steps; padding weighs exactly 0.
 
         `noise` and `time` (0 noise, 1 data) fix the draw; without them `flow_samples` pairs are
         drawn per item.
         """
         inputs = self._inputs(batch.observation, batch.instruction, action=batch.action)
         action = inputs["action"]
-        size = len(action)
+        # Some networks see the whole noisy chunk: a padded step may hold anything but NaN.
+        action = torch.where(batch.valid[..., None], action, action.nan_to_num(0.0, 0.0, 0.0))
         if noise is None:
-            shape = (size, self.flow_samples, self.horizon, self.noise_size)
+            shape = (len(action), self.flow_samples, self.horizon, self.noise_size)
             noise = torch.randn(shape, device=action.device)
         elif noise.ndim == 3:
             noise = noise[:, None]
-        n = noise.shape[1]
         if time is None:
-            time = self.head.sample_time(size * n, action.device)
-        time, noise = time.reshape(-1), noise.flatten(0, 1)
-        context = self.head.encode(inputs)
-        if n > 1:
-            context = self.head.repeat(context, n)
-        padded = nn.functional.pad(action, (0, self.noise_size - self.action_size))
-        data = padded.repeat_interleave(n, dim=0)
-        velocity = self.head.velocity(context, interpolate(noise, data, time), time)
-        valid = batch.valid.repeat_interleave(n, dim=0)
-        real = slice(None, self.action_size)
-        loss = flow_loss(velocity[..., real], target_velocity(noise, data)[..., real], valid)
-        return loss.unflatten(0, (size, n)).mean(dim=1)
+            time = self.head.sample_time(noise.shape[0] * noise.shape[1], action.device)
+        time = time.reshape(noise.shape[:2])
+        with self._computing():
+            context = self.head.encode(inputs)
+            return self.head.loss(context, action, batch.valid, noise, time).float().mean(dim=1)
 
     def features(self, observation: Observation, instruction: list[str]) -> Float[Tensor, "B F"]:
         """What the policy's own encoder says of the observation, for critics and scorers."""
-        return self.head.features(self.encode(observation, instruction))
+        with self._computing():
+            return self.head.features(self.encode(observation, instruction)).float()
 
     def unnormalise(self, action: Float[Tensor, "N H A"]) -> Float[Tensor, "N H A"]:
         """Network units to robot units, by lerobot's postprocessor."""
@@ -358,70 +463,15 @@ def load_weights(module: nn.Module, folder: Path) -> None:
         ) from error
 
 
-def _head(module: Any) -> ChunkHead:
-    from vla_post.policies.flow import ChunkFlowPolicy
-
-    if isinstance(module, ChunkFlowPolicy):
-        return module
-    if module.config.type == "smolvla":
-        return SmolVlaHead(module)
-    raise UnsupportedPolicy(
-        f"policy type {module.config.type!r} is not supported; use smolvla or "
-        f"{ChunkFlowPolicy.name}"
-    )
-
-
-class SmolVlaHead:
-    """SmolVLA's own networks, called so that the vision-language prefix runs once per item.
-
-    The prefix never attends to the action tokens, so its keys and values serve every noise, time
-    and denoising step; the loss equals lerobot's, which recomputes the prefix each time.
-    """
-
-    def __init__(self, policy: Any) -> None:
-        self.policy: Any = policy
-        self.model: Any = policy.model
-        self.noise_size = int(policy.config.max_action_dim)
-        self.denoising_steps = int(policy.config.num_steps)
-
-    def encode(self, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
-        """(mask of the prefix's tokens, their keys and values, their final hidden states)."""
-        from lerobot.policies.common.vla_utils import make_att_2d_masks
-
-        policy, model = self.policy, self.model
-        images, image_masks = policy.prepare_images(inputs)
-        embeddings, pad_masks, attention_masks = model.embed_prefix(
-            images,
-            image_masks,
-            inputs["observation.language.tokens"],
-            inputs["observation.language.attention_mask"],
-            state=policy.prepare_state(inputs),
-        )
-        (hidden, _), cache = model.vlm_with_expert.forward(
-            attention_mask=make_att_2d_masks(pad_masks, attention_masks),
-            position_ids=torch.cumsum(pad_masks, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[embeddings, None],
-            use_cache=True,
-        )
-        return pad_masks, cache, hidden
-
-    def repeat(self, context: tuple[Tensor, Any, Tensor], n: int) -> tuple[Tensor, Any, Tensor]:
-        pad_masks, cache, hidden = context
-        cache.batch_repeat_interleave(n)
-        return pad_masks.repeat_interleave(n, dim=0), cache, hidden
-
-    def velocity(self, context: tuple[Tensor, Any, Tensor], x: Tensor, time: Tensor) -> Tensor:
-        pad_masks, cache, _ = context
-        return -self.model.denoise_step(pad_masks, cache, x, 1.0 - time)
-
-    def sample_time(self, n: int, device: torch.device) -> Tensor:
-        return 1.0 - self.model.sample_time(n, device)
-
-    def features(self, context: tuple[Tensor, Any, Tensor]) -> Tensor:
-        pad_masks, _, hidden = context
-        mask = pad_masks[..., None].to(hidden.dtype)
-        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+def _unshared(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, tied weights written out once per name, as safetensors wants them."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        value = tensor.detach().cpu().contiguous()
+        out[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return out
 
 
 def _offline() -> None:
@@ -434,7 +484,7 @@ def _copy_folder(source: Path, target: Path) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.is_file() and file.suffix == ".json":
+        if file.is_file() and file.suffix in (".json", ".model", ".txt"):
             (target / file.name).write_bytes(file.read_bytes())
 
 

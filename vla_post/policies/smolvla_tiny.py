@@ -47,24 +47,12 @@ class TinyVlmConfig:
 
 def write_vlm_folder(folder: Path, config: TinyVlmConfig | None = None) -> Path:
     """Writes the folder that `SmolVLAConfig.vlm_model_name` points at; the same bytes each time."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     # Typed as Any: these classes take their fields as keywords that only their code knows.
     tf: Any = import_module("transformers")
     config = config or TinyVlmConfig()
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    raw.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([_CORPUS], trainer)
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
+    tokenizer = make_tokenizer(
+        config.vocabulary,
+        _SPECIAL,
         eos_token="<|endoftext|>",
         extra_special_tokens={
             "image_token": "<image>",
@@ -116,3 +104,21 @@ def write_vlm_folder(folder: Path, config: TinyVlmConfig | None = None) -> Path:
         json.dumps(vlm.to_diff_dict(), indent=2, sort_keys=True, default=str) + "\n"
     )
     return folder
+
+
+def make_tokenizer(vocabulary: int, special: tuple[str, ...], **arguments: Any) -> Any:
+    """A byte-level tokenizer with merges for short commands; `special` (with `<pad>`) first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tf: Any = import_module("transformers")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    raw.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([_CORPUS], trainer)
+    return tf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", **arguments)

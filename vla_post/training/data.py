@@ -34,6 +34,10 @@ def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]
     for key, found in normalisation(view, keys=list(floors)).items():
         entry = {name: np.array(value) for name, value in asdict(found).items() if name != "count"}
         out[key] = entry | {"std": np.maximum(entry["std"], floors[key])}
+        for lower, upper in (("min", "max"), ("q01", "q99")):
+            # Policies that scale a range to [-1, 1] must not blow up what stood still.
+            narrow = np.maximum(floors[key] - (entry[upper] - entry[lower]) / 2, 0.0)
+            out[key] |= {lower: entry[lower] - narrow, upper: entry[upper] + narrow}
     return out
 
 

@@ -9,7 +9,7 @@ from trajectory_store.contract import parse_contract
 from vla_post.policies.flow_math import euler
 from vla_post.policies.rtc import RtcConfig, guided, prefix_weights
 
-from .test_lerobot_adapter import draw, make, sample
+from .cells import build, draw, sample
 
 IDENTITY, JACOBIAN = RtcConfig(form="identity"), RtcConfig(form="jacobian")
 
@@ -102,12 +102,14 @@ def test_the_jacobian_form_is_the_papers_by_finite_differences():
     torch.testing.assert_close(got, want.detach(), atol=1e-7, rtol=1e-6)
 
 
-def test_smolvla_continues_a_chunk_as_lerobot_does():
-    """Same noise, same previous chunk: equal to SmolVLA with lerobot's `rtc_config`."""
+@pytest.mark.parametrize("kind", ["smolvla_tiny", "pi0_tiny", "pi05_tiny"])
+def test_a_chunk_is_continued_as_lerobot_does(kind: str):
+    """Same noise, same previous chunk: equal to the policy with lerobot's `rtc_config`."""
     from lerobot.configs import RTCAttentionSchedule
     from lerobot.policies.rtc import RTCConfig
 
-    policy = make("smolvla_tiny")
+    # Without padding of the action: lerobot would pull that towards 0, which nobody decided.
+    policy = build(kind, max_action_dim=4)
     batch = sample(policy.contract, 2)
     noise, _ = draw(policy, batch, 1)
     previous = batch.action[:, 4:]
@@ -221,3 +223,11 @@ def test_euler_takes_the_guided_field():
     x = euler(guided(v, previous, torch.ones(3, 2), IDENTITY), torch.zeros(1, 3, 2), 20)
     assert (x - previous).abs().max() < 0.05
     assert np.isfinite(x.detach().numpy()).all()
+
+
+def test_policies_without_a_flow_refuse_to_continue_a_chunk():
+    policy = build("act_tiny")
+    batch = sample(policy.contract, 2)
+    assert not policy.can_continue
+    with pytest.raises(ValueError, match="blend"):
+        policy.act(batch.observation, batch.instruction, previous=batch.action, delay=1)
