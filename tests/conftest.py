@@ -24,4 +24,4 @@ settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 settings.load_profile("busy")
 
 # Checks every annotated shape while testing; on a robot the annotations cost nothing.
-install_import_hook(["vla_post.learners"], "beartype.beartype")
+install_import_hook(["vla_post.critics", "vla_post.learners"], "beartype.beartype")

@@ -163,6 +163,10 @@ class DataNeeds:
     double_buffer: bool = False
     """Half of each batch from what people showed (demonstrations and interventions), half from
     everything that robots recorded, interventions included (arXiv:2410.21845)."""
+    backup: int | None = None
+    """Control steps to the next observation; None: the policy's chunk."""
+    outcomes: bool = False
+    """Learns from how episodes ended, so the data must hold successes and failures."""
     keys: tuple[str, ...] = ()
     """Observation features beside those that the policy sees."""
 

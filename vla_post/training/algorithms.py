@@ -16,6 +16,8 @@ from vla_post.training.trainer import TrainConfig
 
 ALGORITHMS = {
     "hg-dagger": "vla_post.learners.hg_dagger:HgDaggerConfig",
+    "aloe": "vla_post.learners.aloe:AloeConfig",
+    "awr": "vla_post.learners.awr:AwrConfig",
 }
 """Name on the command line -> module:class, a subclass of `Algorithm`."""
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source
-from trajectory_store.contract import Contract
+from trajectory_store.contract import Contract, ContractMismatch
 from trajectory_store.stats import normalisation
 from vla_post.batch import DataNeeds
+from vla_post.critics.returns import require_outcomes
 
 DEMONSTRATIONS, ONLINE, INTERVENTIONS = "demonstrations", "online", "interventions"
 """Names of the mixture's parts, in the order of `Batch.part`."""
@@ -61,8 +62,18 @@ def mixture(
     Args:
         online: what robots recorded; chunks start where one of `needs.sources` drove.
         keys: observation features to load beside those of `needs`; None loads all.
+
+    Raises:
+        ContractMismatch: a store's actions or observations are not those of the contract.
+        Unrewarded: `needs.outcomes`, and the episodes do not say what was good.
     """
     needs = needs or DataNeeds()
+    views = [demonstrations] if online is None else [demonstrations, online]
+    for view in views:
+        require_fitting(view, contract)
+    if needs.outcomes:
+        episodes = [e for view in views for e in view.episodes]
+        require_outcomes(episodes, needs.backup or contract.chunk_horizon)
 
     def part(name: str, data: FleetView, share: float, sources: Sequence[Source] | None) -> Part:
         keep = Filter(sources=sources)
@@ -83,10 +94,47 @@ def mixture(
         next_observation=needs.next_observation,
         future=needs.future_steps,
         takeovers=needs.takeovers,
+        backup=needs.backup,
         valid_sources=needs.valid_sources,
         workers=workers,
         frame_cache_bytes=256 << 20,
     )
+
+
+def require_fitting(view: FleetView, contract: Contract) -> None:
+    """Refuses stores whose numbers mean something else than the contract's.
+
+    Tasks, cameras' rates and safety may differ: those do not change what an action is.
+
+    Raises:
+        ContractMismatch: names the store and each field.
+    """
+    for store in view.stores:
+        for found in store.contracts.values():
+            problems = [
+                f"{name}: {theirs!r} in the store, {ours!r} in the contract"
+                for name, theirs, ours in _meaning(found, contract)
+                if theirs != ours
+            ]
+            if problems:
+                raise ContractMismatch(
+                    f"{store.location}: recorded with cell {found.cell!r}, which differs from "
+                    f"{contract.cell!r} in\n  "
+                    + "\n  ".join(problems)
+                    + "\nTrain on stores of the policy's own cell, or convert them."
+                )
+
+
+def _meaning(a: Contract, b: Contract) -> list[tuple[str, Any, Any]]:
+    """(field, of a, of b) of all that gives a number its meaning."""
+    pairs = [("control_hz", a.control_hz, b.control_hz)]
+    for name in ("names", "unit", "mode"):
+        pairs.append((f"action.{name}", getattr(a.action, name), getattr(b.action, name)))
+    for key in sorted(a.observations.keys() & b.observations.keys()):
+        for name in ("shape", "names", "unit"):
+            sides = (getattr(c.observations[key], name) for c in (a, b))
+            pairs.append((f"{key}.{name}", *sides))
+    return pairs
 
 
 def rows_by(view: FleetView, sources: Sequence[Source] | None) -> int:

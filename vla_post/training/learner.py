@@ -21,6 +21,7 @@ from typing import Any
 
 from trajectory_store import ChunkSampler, FleetView, NotAStore
 from vla_post.batch import NonFiniteLoss
+from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import Registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, rows_by
@@ -190,7 +191,11 @@ class LearnerProcess:
         # A new sampler per change: the mixture's parts may have appeared since, and it is cheap.
         if self._sampler is not None:
             self._sampler.close()
-        self._sampler = self._mixture()
+            self._sampler = None
+        try:
+            self._sampler = self._mixture()
+        except Unrewarded as error:
+            log.info("waiting: %s", error)
 
     def _mixture(self) -> ChunkSampler:
         return mixture(

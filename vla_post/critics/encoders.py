@@ -1,0 +1,146 @@
+"""Observation -> what a critic sees. Frozen: a critic whose inputs move under it must start again.
+
+B batch, M feature tokens of size F, P proprioception.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import nn
+
+from trajectory_store import Contract
+from vla_post.batch import Observation, Policy
+from vla_post.critics.networks import CriticInput, InputSize
+
+PROPRIOCEPTION = "observation.state"
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Maps observations to critic inputs; never trained with the critic."""
+
+    size: InputSize
+
+    def __call__(self, observation: Observation, instruction: Sequence[str]) -> CriticInput: ...
+
+    @property
+    def hash(self) -> str:
+        """Of everything that the output depends on beside the input."""
+        ...
+
+
+class StateEncoder:
+    """Vectors of the observation, normalised once and for all, and a one-hot of the instruction.
+
+    Args:
+        statistics: {key: {"mean", "std"}} of the vectors; the policy's checkpoint has them.
+        instructions: that occur; others share the last slot.
+    """
+
+    def __init__(
+        self,
+        statistics: Mapping[str, Mapping[str, Any]],
+        instructions: Sequence[str],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.keys = sorted(k for k in statistics if k != "action")
+        self.instructions = list(instructions)
+        self._scale = {
+            key: tuple(
+                torch.as_tensor(np.asarray(statistics[key][name], np.float32), device=device)
+                for name in ("mean", "std")
+            )
+            for key in self.keys
+        }
+        others = [k for k in self.keys if k != PROPRIOCEPTION]
+        lengths = {k: len(self._scale[k][0]) for k in self.keys}
+        self.size = InputSize(
+            tokens=1,
+            features=sum(lengths[k] for k in others) + len(self.instructions) + 1,
+            proprioception=lengths.get(PROPRIOCEPTION, 0),
+        )
+
+    def __call__(self, observation: Observation, instruction: Sequence[str]) -> CriticInput:
+        scaled = {
+            key: (observation[key].flatten(1) - mean) / std
+            for key, (mean, std) in self._scale.items()
+        }
+        first = next(iter(scaled.values()))
+        slots = [
+            self.instructions.index(text) if text in self.instructions else len(self.instructions)
+            for text in instruction
+        ]
+        hot = nn.functional.one_hot(
+            torch.tensor(slots, device=first.device), len(self.instructions) + 1
+        )
+        others = [value for key, value in scaled.items() if key != PROPRIOCEPTION]
+        return CriticInput(
+            features=torch.cat([*others, hot.to(first)], dim=1)[:, None],
+            proprioception=scaled.get(PROPRIOCEPTION, first[:, :0]),
+        )
+
+    @property
+    def hash(self) -> str:
+        digest = hashlib.sha256(repr((self.keys, self.instructions)).encode())
+        for mean, std in self._scale.values():
+            digest.update(mean.cpu().numpy().tobytes() + std.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class PolicyEncoder:
+    """The policy's own features, from a frozen copy taken when the critic begins.
+
+    Training the policy does not move the critic's inputs. One zero observation tells its size.
+    """
+
+    def __init__(self, policy: Policy, contract: Contract) -> None:
+        self._policy = copy.deepcopy(policy)
+        module: nn.Module = getattr(self._policy, "module", None) or nn.Module()
+        module.requires_grad_(False).eval()
+        digest = hashlib.sha256()
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self._hash = digest.hexdigest()
+        state = contract.vectors.get(PROPRIOCEPTION)
+        zero = {
+            key: torch.zeros(1, *self._network_shape(contract, key))
+            for key in contract.observations
+        }
+        first = next(iter(contract.tasks.values())).instruction
+        device = next(module.parameters(), torch.empty(0)).device
+        with torch.no_grad():
+            zero = {key: value.to(device) for key, value in zero.items()}
+            features = self._policy.features(zero, [first])
+        known = getattr(policy, "statistics", {}).get(PROPRIOCEPTION, {"mean": 0.0, "std": 1.0})
+        self._mean, self._std = (
+            torch.as_tensor(np.asarray(known[name], np.float32), device=device)
+            for name in ("mean", "std")
+        )
+        self.size = InputSize(
+            tokens=1,
+            features=features.shape[1],
+            proprioception=0 if state is None else state.shape[0],
+        )
+
+    @staticmethod
+    def _network_shape(contract: Contract, key: str) -> tuple[int, ...]:
+        shape = contract.observations[key].shape
+        return shape if key in contract.vectors else (shape[2], shape[0], shape[1])
+
+    @torch.no_grad()
+    def __call__(self, observation: Observation, instruction: Sequence[str]) -> CriticInput:
+        features = self._policy.features(observation, list(instruction))
+        state = observation.get(PROPRIOCEPTION, features[:, :0]).float()
+        return CriticInput(
+            features=features[:, None].float(), proprioception=(state - self._mean) / self._std
+        )
+
+    @property
+    def hash(self) -> str:
+        return self._hash
