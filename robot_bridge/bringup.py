@@ -56,6 +56,9 @@ class CellConfig:
     """Speed of a simulated cell that is not in lockstep."""
     operator: Mapping[str, Value] | None = None
     """Parameters of the scripted operator (`episodes`, `tasks`, `seed`, ...). None: nobody."""
+    teleop: Mapping[str, Value] | None = None
+    """Parameters of `robot_bridge.nodes.teleop` (`device`: gamepad, spacemouse or leader, `path`,
+    `map`, ...). None: nobody. A keyboard needs a terminal: `vla-post teleop`."""
     auto_resume: bool = False
     """Episodes start with the policy driving; for runs without an operator."""
     events_log: Path | None = None
@@ -174,6 +177,8 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
             {} if lockstep else {"real_time_factor": float(config.real_time_factor)}
         )
         nodes.append(spec("robot", "sim.nodes.robot", speed))
+    if config.teleop is not None:
+        nodes.append(spec("teleop", "robot_bridge.nodes.teleop", config.teleop))
     if config.operator is not None:
         nodes.append(spec("operator", "sim.nodes.operator", config.operator, restart="never"))
     return nodes

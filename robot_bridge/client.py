@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -28,6 +28,7 @@ from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.msg import ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
@@ -87,6 +88,7 @@ class CellClient:
         namespace: empty for the contract's cell name.
         name: of the ROS node.
         remappings: as the cell's own, where its driver publishes elsewhere.
+        arguments: a process's own, for ROS to read (`--ros-args ...`).
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class CellClient:
         namespace: str = "",
         name: str = "client",
         remappings: Mapping[str, str] | None = None,
+        arguments: Sequence[str] | None = None,
     ) -> None:
         self.contract = contract
         self.namespace = "/" + (namespace or contract.cell).strip("/")
@@ -115,7 +118,11 @@ class CellClient:
         use_default_profile()
         self._context = rclpy.Context()
         words = [w for a, b in (remappings or {}).items() for w in ("-r", f"{a}:={b}")]
-        rclpy.init(context=self._context)
+        rclpy.init(
+            args=list(arguments or []),
+            context=self._context,
+            signal_handler_options=SignalHandlerOptions.NO,
+        )
         self._node = rclpy.create_node(
             name,
             namespace=self.namespace,
@@ -204,6 +211,14 @@ class CellClient:
                     return False
                 self._changed.wait(min(left, 0.2))
         return True
+
+    def subscribe(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
+        """Any other topic, best effort; the callback runs in the client's thread."""
+
+        def subscribe() -> None:
+            self._node.create_subscription(kind, topic, callback, best_effort(5))
+
+        self._do(subscribe)
 
     # Cameras
 

@@ -23,6 +23,8 @@ ARGUMENTS: Mapping[str, tuple[str, str]] = {
     "store": ("", "trajectory store to record into; empty: record nothing"),
     "events_log": ("", "file that gets every event as one JSON line"),
     "auto_resume": ("false", "true: episodes start with the policy driving"),
+    "teleop": ("", "gamepad, spacemouse or leader; empty: no device (keyboard: vla-post teleop)"),
+    "teleop_map": ("", "key map (YAML) of that device; empty: its own"),
     "namespace": ("", "empty: the contract's cell name"),
     "dds_profile": (LOOPBACK, "loopback (this computer only) or network"),
 }
@@ -74,6 +76,9 @@ def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
     if backend not in ("torch", "onnx"):
         raise ValueError(f"backend is {backend!r}; expected torch or onnx")
     episodes = int(given.get("episodes", "0"))
+    device = given.get("teleop", "")
+    if device not in ("", "gamepad", "spacemouse", "leader"):
+        raise ValueError(f"teleop is {device!r}; expected gamepad, spacemouse or leader")
     topics = {
         "command": given.get("command_topic", ""),
         "joint_states": given.get("joint_states_topic", ""),
@@ -89,6 +94,7 @@ def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
         auto_resume=given.get("auto_resume", "false").lower() == "true",
         real_time_factor=float(given.get("real_time_factor", "1.0")),
         operator={"episodes": episodes} if episodes else None,
+        teleop={"device": device, "map": given.get("teleop_map", "")} if device else None,
         remappings={source: target for source, target in topics.items() if target},
         namespace=given.get("namespace", ""),
     )

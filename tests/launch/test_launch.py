@@ -191,6 +191,7 @@ def test_every_executable_exists_runs_the_right_module_and_is_executable(tmp_pat
             policy=tmp_path,
             store=tmp_path / "s",
             operator={"episodes": 1},
+            teleop={"device": "gamepad"},
         )
     )
     scripts = {path.name: path for path in (LAUNCH / "scripts").iterdir()}

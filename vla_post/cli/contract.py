@@ -20,14 +20,18 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def path_of(source: Path) -> Path:
+    """The file of a contract that was named by path, or by the name of a shipped one."""
+    return shipped().get(str(source), source)
+
+
 def find(source: Path) -> Contract:
     """A contract by path, or by the name of a shipped one.
 
     Raises:
         ContractError: every problem of the file, one a line.
     """
-    known = shipped()
-    return load_contract(known.get(str(source), source))
+    return load_contract(path_of(source))
 
 
 @dataclass(frozen=True, kw_only=True)

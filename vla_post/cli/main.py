@@ -16,6 +16,8 @@ from vla_post.cli.errors import UserError
 COMMANDS = {
     "demo": ("vla_post.cli.demo:Demo", "the whole loop on a simulated cell, with a report"),
     "up": ("vla_post.cli.up:Up", "run a cell's processes: robot side, operator, learner"),
+    "operate": ("vla_post.cli.operate:Operate", "start, label, take over, resume, stop; status"),
+    "teleop": ("vla_post.cli.teleop:TeleopCommand", "drive with keyboard, gamepad, SpaceMouse"),
     "train": ("vla_post.cli.train:train_command", "train a policy from stores, by recipe"),
     "eval": ("vla_post.cli.evaluate:Evaluate", "compare two policies on the same seeds"),
     "export": ("vla_post.cli.export:Export", "checkpoint to ONNX, proven equal"),

@@ -38,6 +38,8 @@ class Up:
     """Write what the candidate would have done otherwise to this file, one JSON line a chunk."""
     operator: Literal["none", "scripted"] = "none"
     """scripted: simulated cells only; runs --episodes episodes, then everything ends."""
+    teleop: Literal["none", "gamepad", "spacemouse", "leader"] = "none"
+    """A person's device on this machine; for the keyboard run `vla-post teleop` beside this."""
     episodes: int = 10
     """Of the scripted operator."""
     seed: int = 0
@@ -78,6 +80,7 @@ class Up:
                 simulated=simulated,
                 real_time_factor=self.real_time_factor,
                 operator=operator if self.operator == "scripted" else None,
+                teleop=None if self.teleop == "none" else {"device": self.teleop},
                 events_log=self.events_log,
             )
         )
