@@ -15,21 +15,23 @@ from pathlib import Path
 import icechunk
 import numpy as np
 
-from trajectory_store import commit as committing
-from trajectory_store.commit import Head, Segment
+from trajectory_store.commit import commit, replace_episodes
 from trajectory_store.contract import Contract
+from trajectory_store.durability import prune_backups, restore_repo_file, settle
 from trajectory_store.errors import EpisodeState, StoreError
+from trajectory_store.head import Head, is_store, read_head
+from trajectory_store.layout import create, evolve
 from trajectory_store.lock import WriterLock
 from trajectory_store.reader import Store
 from trajectory_store.repository import (
-    BRANCH,
     create_repository,
     delete_many,
     normalise,
     open_repository,
     translated,
 )
-from trajectory_store.schema import Episode, Outcome
+from trajectory_store.schema import BRANCH, Episode, Outcome
+from trajectory_store.segment import Segment
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -51,7 +53,7 @@ def editing(location: str, who: str) -> Generator[tuple[icechunk.Repository, Hea
     lock = WriterLock(location, who)
     lock.acquire()
     try:
-        yield repository, committing.read_head(repository, location)
+        yield repository, read_head(repository, location)
     finally:
         lock.release()
 
@@ -77,7 +79,7 @@ def change_episodes(
                     "run `vla-post store repair` first"
                 )
             changed[number[episode.uuid]] = change(episode)
-        committing.replace_episodes(repository, location, head, changed, message)
+        replace_episodes(repository, location, head, changed, message)
     return list(changed.values())
 
 
@@ -200,12 +202,13 @@ def merge(
     lock.acquire()
     copied: list[str] = []
     try:
-        if not committing.is_store(location):
+        restore_repo_file(location)
+        if not is_store(location):
             contract = stores[0].contract
-            create_repository(location, lambda r: committing.create(r, location, contract, writer))
+            create_repository(location, lambda r: create(r, location, contract, writer))
             lock.refresh()
         repository = open_repository(location)
-        head = committing.read_head(repository, location)
+        head = read_head(repository, location)
         known = {e.uuid for e in Store(location).table}
         wanted = [
             (s, e)
@@ -222,7 +225,7 @@ def merge(
             contract = store.contracts[episode.contract_sha256]
             head = _admit(repository, location, head, contract)
             segment = episode_segment(store, episode, head)
-            head = committing.commit(repository, location, head, [segment], "merge")
+            head = commit(repository, location, head, [segment], "merge")
             known.add(episode.uuid)
             copied.append(episode.uuid)
             lock.refresh()
@@ -235,8 +238,8 @@ def merge(
 def _admit(repository: icechunk.Repository, location: str, head: Head, contract: Contract) -> Head:
     if contract.sha256 in head.contracts:
         return head
-    committing.evolve(repository, location, head, contract)
-    return committing.read_head(repository, location)
+    evolve(repository, location, head, contract)
+    return read_head(repository, location)
 
 
 def split(
@@ -322,11 +325,14 @@ def gc(path: str | Path, *, keep_days: float = 7.0, now: datetime | None = None)
                     places = store.read(array.reference, episode)
                     shards = np.unique(places[places[:, 0] >= 0, 0] // array.shard)
                     keys += [array.shard_key(s) for s in shards.tolist()]
-            committing.replace_episodes(
+            replace_episodes(
                 repository, location, head, gone, "purge", also=lambda s: delete_many(s, keys)
             )
         with translated(location):
             expired = repository.expire_snapshots(older_than=before)
+            settle(location)  # a power cut must not bring back what refers to deleted files
             freed = repository.garbage_collect(delete_object_older_than=before)
+        prune_backups(location)
+        settle(location)
         assert repository.lookup_branch(BRANCH)
     return GcReport(len(expired), freed.chunks_deleted, freed.bytes_deleted, len(gone))

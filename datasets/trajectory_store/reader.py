@@ -16,7 +16,6 @@ from trajectory_store.coding import (
     unpack_strings,
     unseal,
 )
-from trajectory_store.commit import read_contracts, read_root
 from trajectory_store.contract import Contract
 from trajectory_store.errors import (
     EpisodeState,
@@ -24,8 +23,8 @@ from trajectory_store.errors import (
     NotAStore,
     StoreError,
 )
+from trajectory_store.head import read_contracts, read_root
 from trajectory_store.repository import (
-    BRANCH,
     Snapshot,
     find_stores,
     is_url,
@@ -34,6 +33,7 @@ from trajectory_store.repository import (
     translated,
 )
 from trajectory_store.schema import (
+    BRANCH,
     CHUNK_ROWS,
     Column,
     Episode,

@@ -21,12 +21,12 @@ from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.buffer.cpu import Buffer
 
 from trajectory_store.chunk_files import ChunkFiles
+from trajectory_store.durability import is_whole, sync
 from trajectory_store.errors import DamagedChunk, NotAStore, StoreError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 if "ICECHUNK_LOG" not in os.environ:
     icechunk.set_logs_filter("error")  # it warns of two writers on a local disk; we hold a lock
-BRANCH = "main"
 SPLIT_CHUNKS = 4096
 """Chunk references in one manifest file: a commit rewrites the last one only."""
 
@@ -101,6 +101,8 @@ def _config() -> icechunk.RepositoryConfig:
     config.caching = icechunk.CachingConfig(
         num_snapshot_nodes=2_000, num_chunk_refs=20_000, num_bytes_chunks=0, num_bytes_attributes=0
     )
+    # Updates listed in `repo`, which every commit rewrites; nothing of ours reads the list.
+    config.num_updates_per_repo_info_file = 64
     # A lost connection must become an error within seconds: the writer then spools and tries again.
     config.storage = icechunk.StorageSettings(
         retries=icechunk.StorageRetriesSettings(
@@ -133,7 +135,9 @@ def create_repository(location: str, first: Callable[[icechunk.Repository], None
         repository = icechunk.Repository.create(storage(str(building)), config=_config())
         repository.save_config()
         first(repository)
+        sync(building)
         building.replace(target)
+        sync(target.parent)
 
 
 def repository_exists(location: str) -> bool:
@@ -159,7 +163,17 @@ def open_repository(location: str) -> icechunk.Repository:
     with translated(location):
         if is_url(location) and not icechunk.Repository.exists(storage(location)):
             raise NotAStore(f"{location}: no trajectory store under this prefix")
-        return icechunk.Repository.open(storage(location), config=_config())
+        try:
+            return icechunk.Repository.open(storage(location), config=_config())
+        except icechunk.IcechunkError:
+            repo = Path(location) / "repo"
+            if is_url(location) or is_whole(repo):
+                raise
+            raise DamagedChunk(
+                f"{repo}: {repo.stat().st_size} bytes that icechunk did not write to the end; a "
+                "power cut can do that. `vla-post store repair`, or the next writer, takes the "
+                "newest whole one from overwritten/"
+            ) from None
 
 
 class translated:  # noqa: N801 - reads as a phrase: `with translated(location):`

@@ -18,6 +18,8 @@ from trajectory_store.errors import SchemaMismatch
 
 FORMAT = "vla_post/store/1"
 FORMAT_VERSION = 1
+BRANCH = "main"
+"""Of the icechunk repository; a store has one."""
 CHUNK_ROWS = 1024
 """Ticks in a chunk of a column."""
 

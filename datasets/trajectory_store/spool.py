@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from trajectory_store.commit import Segment
+from trajectory_store.durability import sync
 from trajectory_store.errors import SpoolFull, StoreUnavailable
 from trajectory_store.schema import Episode
+from trajectory_store.segment import Segment
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def write_segment(path: Path, segment: Segment) -> int:
             os.fsync(file.fileno())
             size = file.tell()
         temporary.replace(path)
+        sync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

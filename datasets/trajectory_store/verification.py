@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trajectory_store import commit as committing
 from trajectory_store.coding import EPISODE_ROWS, decode_frame, unpack_strings, unseal
+from trajectory_store.commit import put_raw, replace_episodes, rewrite_tails
+from trajectory_store.durability import restore_repo_file
 from trajectory_store.errors import DamagedChunk
+from trajectory_store.head import read_head, read_root
 from trajectory_store.lock import WriterLock
 from trajectory_store.reader import Store
-from trajectory_store.repository import BRANCH, Snapshot, normalise, open_repository, translated
-from trajectory_store.schema import CHUNK_ROWS, Episode, Outcome
+from trajectory_store.repository import Snapshot, normalise, open_repository, translated
+from trajectory_store.schema import BRANCH, CHUNK_ROWS, Episode, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -172,13 +174,14 @@ def repair(path: str | Path, *, progress: Progress = _quiet) -> Report:
         DamagedChunk: the episode table is damaged in every snapshot.
     """
     location = normalise(path)
-    repository = open_repository(location)
     lock = WriterLock(location, "repair")
     lock.acquire()
     try:
+        restore_repo_file(location)
+        repository = open_repository(location)
         _restore_table(location)
         report = verify(location, progress=progress)
-        head = committing.read_head(repository, location, tolerant=True)
+        head = read_head(repository, location, tolerant=True)
         table = Store(location).table
         damaged = report.damaged_episodes
         changed: dict[int, Episode] = {}
@@ -193,9 +196,9 @@ def repair(path: str | Path, *, progress: Progress = _quiet) -> Report:
             if new is not e:
                 changed[i] = new
         if changed:
-            head = committing.replace_episodes(repository, location, head, changed, "repair")
+            head = replace_episodes(repository, location, head, changed, "repair")
         if any(d.chunk and d.array in head.columns for d in report.damage):
-            committing.rewrite_tails(repository, location, head)
+            rewrite_tails(repository, location, head)
     finally:
         lock.release()
     return report
@@ -206,7 +209,7 @@ def _restore_table(location: str) -> None:
     repository = open_repository(location)
     with translated(location):
         newest = Snapshot(location, repository, repository.lookup_branch(BRANCH))
-    count = int(committing.read_root(newest)["episodes"])
+    count = int(read_root(newest)["episodes"])
     restored: dict[str, bytes] = {}
     for chunk in range(-(-count // EPISODE_ROWS)):
         key = f"episodes/c/{chunk}"
@@ -215,7 +218,7 @@ def _restore_table(location: str) -> None:
         except DamagedChunk as damage:
             restored[key] = _older_table(location, newest.snapshot_id, chunk, count, damage)
     if restored:
-        committing.put_raw(repository, location, restored, "restore the episode table")
+        put_raw(repository, location, restored, "restore the episode table")
 
 
 def _older_table(location: str, newest: str, chunk: int, count: int, damage: DamagedChunk) -> bytes:

@@ -9,17 +9,16 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 from uuid import UUID, uuid4
 
 import numpy as np
 
-from trajectory_store import commit as committing
-from trajectory_store.coding import check_frame
-from trajectory_store.commit import Head, Segment
+from trajectory_store.commit import commit, replace_episodes
 from trajectory_store.contract import Contract
+from trajectory_store.durability import prune_backups, restore_repo_file, settle
 from trajectory_store.errors import (
     BadTick,
     EpisodeState,
@@ -28,14 +27,16 @@ from trajectory_store.errors import (
     StoreError,
     StoreUnavailable,
 )
+from trajectory_store.head import Head, is_store, read_head
+from trajectory_store.layout import create, evolve
 from trajectory_store.lock import WriterLock
 from trajectory_store.repository import (
     create_repository,
     normalise,
     open_repository,
 )
+from trajectory_store.running import RunningEpisode
 from trajectory_store.schema import (
-    AGE_ABSENT,
     Episode,
     Outcome,
     Source,
@@ -43,9 +44,15 @@ from trajectory_store.schema import (
     columns,
     frame_arrays,
 )
+from trajectory_store.segment import Segment
 from trajectory_store.spool import Spool
 
 log = logging.getLogger(__name__)
+
+
+Durability = Literal["power_loss", "process"]
+"""What a commit on a local disk survives. On S3 it is durable when it returns."""
+_COMMITS_BETWEEN_PRUNING = 64
 
 
 @dataclass(frozen=True)
@@ -70,21 +77,6 @@ class Health:
     """Of the last commit."""
 
 
-@dataclass
-class _Running:
-    """The episode being recorded."""
-
-    episode: Episode
-    features: dict[str, int]
-    last: dict[str, Any] = field(default_factory=dict)
-    """Last value of each feature, for ticks without a new one."""
-    last_stamp: dict[str, int] = field(default_factory=dict)
-    n_frames: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns of the ticks since the last segment."""
-    frames: dict[str, list[bytes | np.ndarray]] = field(default_factory=dict)
-
-
 class StoreWriter:
     """The one writer of a store. Thread-safe; use as a context manager or call `close`."""
 
@@ -98,6 +90,7 @@ class StoreWriter:
         spool: str | Path | None = None,
         spool_limit_bytes: int = 4 << 30,
         memory_limit_bytes: int = 256 << 20,
+        durability: Durability = "power_loss",
     ) -> None:
         """See `create_or_open`."""
         self.location = normalise(path)
@@ -105,34 +98,47 @@ class StoreWriter:
         self.writer = writer or contract.cell
         self._interval_s = commit_interval_s
         self._memory_limit = memory_limit_bytes
+        if durability not in get_args(Durability):
+            raise StoreError(
+                f"durability is {durability!r}; expected one of {', '.join(get_args(Durability))}"
+            )
+        self._durable = durability == "power_loss"
         self._columns = columns(contract)
         self._images = frame_arrays(contract)
         self._mutex = threading.Condition()
         self._pending: list[Segment] = []
-        self._running: _Running | None = None
+        self._running: RunningEpisode | None = None
         self._busy = self._closed = self._urgent = False
         self._error: StoreError | None = None
         self._crash: BaseException | None = None
-        self._committed = 0
+        self._committed = self._commits = 0
         self._last_commit_s = 0.0
         self._lock = WriterLock(self.location, self.writer)
         self._head: Head | None = None
         self._lock.acquire()
         try:
-            if not committing.is_store(self.location):
+            restore_repo_file(self.location)
+            if not is_store(self.location):
                 create_repository(
                     self.location,
-                    lambda r: committing.create(r, self.location, contract, self.writer),
+                    lambda r: create(r, self.location, contract, self.writer),
                 )
                 self._lock.refresh()
             self._repository = open_repository(self.location)
-            head = committing.read_head(self._repository, self.location)
+            head = read_head(self._repository, self.location)
             if contract.sha256 != head.contract.sha256:
-                committing.evolve(self._repository, self.location, head, contract)
-                head = committing.read_head(self._repository, self.location)
+                evolve(self._repository, self.location, head, contract)
+                head = read_head(self._repository, self.location)
             self._spool = Spool(self.location, spool, spool_limit_bytes)
             for segment in self._spool.left_behind(head.last_segment):
-                head = committing.commit(self._repository, self.location, head, [segment], "spool")
+                head = commit(
+                    self._repository,
+                    self.location,
+                    head,
+                    [segment],
+                    "spool",
+                    durable=self._durable,
+                )
             self._spool.clear()
             self._head = self._interrupt_open_episode(head)
             self._snapshot_id = self._head.snapshot_id
@@ -156,7 +162,9 @@ class StoreWriter:
             options: `writer` names the holder; `commit_interval_s` bounds what a crash can lose;
                 `spool` is a local folder for segments that the store does not take (default: under
                 the user's state folder), at most `spool_limit_bytes`; `memory_limit_bytes` bounds
-                what waits in memory when the spool cannot be written either.
+                what waits in memory when the spool cannot be written either;
+                `durability="process"` leaves out the two syncs of a commit: what is committed
+                then survives the death of the process, not always that of the machine.
 
         Raises:
             StoreBusy: another writer holds it; the message names it.
@@ -210,9 +218,7 @@ class StoreWriter:
                 created_ns=time.time_ns(),
                 notes=notes,
             )
-            bits = {key: i for i, key in enumerate(self._features)}
-            self._running = _Running(episode, bits, n_frames=dict.fromkeys(self._images, 0))
-            self._reset_rows(self._running)
+            self._running = RunningEpisode(self.contract, episode, self._features)
         return name
 
     def append(self, tick: Tick) -> None:
@@ -224,31 +230,7 @@ class StoreWriter:
             SpoolFull: the store has not taken anything for too long.
         """
         with self._mutex:
-            running = self._require_running()
-            row, fresh = self._check(running, tick)
-            for key in self._images:
-                if key in fresh:
-                    running.frames[key].append(fresh[key])
-                    running.n_frames[key] += 1
-                    running.last[key] = fresh[key]
-                row[f"{key}.frame"] = (running.n_frames[key] - 1, 0, 0)
-            for name, value in row.items():
-                running.rows[name].append(value)
-            episode = running.episode
-            if len(episode.first_seen) < len(running.last):
-                seen = dict(episode.first_seen)
-                seen = {key: seen.get(key, len(episode)) for key in running.last}
-                episode = episode.replace(first_seen=tuple(seen.items()))
-            first, source = len(episode) == 0, int(tick.source)
-            changed = first or episode.sources[-1][1] != source
-            took_over = changed and source == Source.HUMAN and not first
-            running.episode = episode.replace(
-                end_row=episode.end_row + 1,
-                start_ns=tick.stamp_ns if first else episode.start_ns,
-                end_ns=tick.stamp_ns,
-                sources=(*episode.sources, (len(episode), source)) if changed else episode.sources,
-                interventions=episode.interventions + took_over,
-            )
+            self._require_running().append(tick)
 
     def end_episode(
         self, outcome: Outcome | str, notes: str = "", problems: Sequence[str] = ()
@@ -346,7 +328,7 @@ class StoreWriter:
     @property
     def health(self) -> Health:
         with self._mutex:
-            loose = len(self._running.rows["stamp_ns"]) if self._running else 0
+            loose = self._running.n_waiting if self._running else 0
             return Health(
                 ok=self._error is None and self._crash is None,
                 error=str(self._error or self._crash or ""),
@@ -422,89 +404,6 @@ class StoreWriter:
                     break
                 self._mutex.wait(0.5)
 
-    def _check(
-        self, running: _Running, tick: Tick
-    ) -> tuple[dict[str, Any], dict[str, bytes | np.ndarray]]:
-        """Row of the tick, and its new frames. Nothing is changed before all of it is valid."""
-        contract, size = self.contract, self.contract.action.size
-        if tick.stamp_ns < 0:
-            raise BadTick(f"stamp_ns is {tick.stamp_ns}; expected nanoseconds, not negative")
-        if len(running.episode) and tick.stamp_ns <= running.episode.end_ns:
-            raise BadTick(
-                f"stamp_ns is {tick.stamp_ns}, not after the tick before at "
-                f"{running.episode.end_ns}; stamps increase strictly inside an episode"
-            )
-        unknown = tick.observation.keys() - contract.observations.keys()
-        if unknown:
-            raise BadTick(
-                f"found {sorted(unknown)}; cell {contract.cell!r} declares "
-                f"{sorted(contract.observations)}"
-            )
-        row: dict[str, Any] = {}
-        fresh: dict[str, bytes | np.ndarray] = {}
-        stamps: dict[str, int] = {}
-        for key, feature in contract.observations.items():
-            value = tick.observation.get(key)
-            before = running.last_stamp.get(key)
-            if value is None:
-                value, stamp = running.last.get(key), before
-            else:
-                stamp = int(tick.stamps.get(key, tick.stamp_ns))
-                if stamp < 0 or (before is not None and stamp < before):
-                    raise BadTick(
-                        f"{key}: sensor stamp {stamp} ns after {before} ns; stamps are not "
-                        "negative and never run backwards inside an episode"
-                    )
-            age = AGE_ABSENT if stamp is None else tick.stamp_ns - stamp
-            row[f"{key}.age_ns"] = max(min(age, 2**31 - 1), AGE_ABSENT)
-            if stamp is not None:
-                stamps[key] = stamp
-            if feature.is_image:
-                last = running.last.get(key)
-                if value is not None and value is not last and not _same(value, last):
-                    fresh[key] = check_frame(key, feature, value)
-            elif value is None:
-                row[key] = np.full(feature.shape, np.nan, np.float32)
-            else:
-                row[key] = _vector(key, value, feature.shape[0])
-        row["action"] = _vector("action", tick.action, size)
-        nothing = np.full(size, np.nan, np.float32)
-        for name, value in (
-            ("action.policy", tick.action_policy),
-            ("action.human", tick.action_human),
-        ):
-            row[name] = nothing if value is None else _vector(name, value, size)
-        if not np.isfinite(tick.reward):
-            raise BadTick(f"reward is {tick.reward}; expected a finite number")
-        try:
-            row["source"] = int(Source(tick.source))
-        except ValueError:
-            raise BadTick(f"source is {tick.source!r}; expected one of {list(Source)}") from None
-        for name, value in (("late", tick.late), ("dropped", tick.dropped)):
-            strangers = set(value) - running.features.keys()
-            if strangers:
-                raise BadTick(f"{name} names {sorted(strangers)}, which the contract does not")
-            row[name] = sum(1 << running.features[k] for k in set(value))
-        for name, value, bits in (
-            ("policy_version", tick.policy_version, 32),
-            ("chunk_id", tick.chunk_id, 32),
-            ("chunk_step", tick.chunk_step, 16),
-        ):
-            if not 0 <= value < 1 << bits:
-                raise BadTick(f"{name} is {value}; expected 0 to {(1 << bits) - 1}")
-            row[name] = value
-        row |= {
-            "reward": tick.reward,
-            "terminated": bool(tick.terminated),
-            "truncated": bool(tick.truncated),
-            "stamp_ns": tick.stamp_ns,
-        }
-        running.last_stamp.update(stamps)
-        for key in contract.vectors:
-            if key in tick.observation and tick.observation[key] is not None:
-                running.last[key] = row[key]
-        return row, fresh
-
     def _require_open(self) -> None:
         if self._closed:
             raise EpisodeState(f"{self.location}: the writer is closed")
@@ -516,7 +415,7 @@ class StoreWriter:
                 f"{self._memory_limit >> 20} MiB; {self._error}"
             )
 
-    def _require_running(self) -> _Running:
+    def _require_running(self) -> RunningEpisode:
         self._require_open()
         if self._running is None:
             raise EpisodeState("no episode is running; call begin_episode first")
@@ -528,25 +427,10 @@ class StoreWriter:
                 f"{self.location}: the writer's thread stopped: {self._crash!r}"
             ) from self._crash
 
-    def _reset_rows(self, running: _Running) -> None:
-        running.rows = {name: [] for name in self._columns}
-        running.frames = {key: [] for key in self._images}
-
-    def _cut(self, running: _Running) -> None:
+    def _cut(self, running: RunningEpisode) -> None:
         """Moves the ticks since the last cut into a segment. The mutex is held."""
-        n = len(running.rows["stamp_ns"])
-        episode = running.episode
-        if n == 0 and episode.outcome is None:
-            return
-        first = {k: count - len(running.frames[k]) for k, count in running.n_frames.items()}
-        segment = Segment(
-            episode,
-            running.rows,  # plain lists: the thread packs and encodes them
-            running.frames,
-            first,
-        )
-        self._reset_rows(running)
-        self._pending.append(segment)
+        if (segment := running.cut()) is not None:
+            self._pending.append(segment)
 
     def _work(self) -> None:
         next_cut = time.monotonic() + self._interval_s
@@ -590,7 +474,7 @@ class StoreWriter:
         started = time.monotonic()
         if self._head is None:
             self._repository = open_repository(self.location)
-            self._head = committing.read_head(self._repository, self.location)
+            self._head = read_head(self._repository, self.location)
             ids = [s.id for s in batch]
             if self._head.last_segment not in (self._last_segment, *ids):
                 raise StoreBusy(
@@ -598,13 +482,15 @@ class StoreWriter:
                     f"waits is in {self._spool.folder}"
                 )
             if self._head.last_segment in ids:
+                if self._durable:
+                    settle(self.location)
                 done = ids.index(self._head.last_segment) + 1
                 self._forget(batch[:done])
                 batch = batch[done:]
         if batch:
             head = self._head
             self._head = None  # unknown while the commit is under way
-            self._head = committing.commit(self._repository, self.location, head, batch)
+            self._head = commit(self._repository, self.location, head, batch, durable=self._durable)
         self._snapshot_id = self._head.snapshot_id
         self._last_segment = self._head.last_segment
         self._forget(batch)
@@ -613,6 +499,9 @@ class StoreWriter:
             log.info("%s: the store answers again", self.location)
         self._error = None
         self._lock.refresh()
+        self._commits += 1
+        if self._commits % _COMMITS_BETWEEN_PRUNING == 0:
+            prune_backups(self.location)
 
     def _forget(self, done: list[Segment]) -> None:
         self._spool.remove(done)
@@ -643,33 +532,6 @@ class StoreWriter:
             outcome=Outcome.INTERRUPTED,
             notes="\n".join(n for n in (last.notes, "the writer died") if n),
         )
-        return committing.replace_episodes(
+        return replace_episodes(
             self._repository, self.location, head, {head.n_episodes - 1: closed}, "interrupted"
         )
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal frames; cheap when they differ early, which camera frames do."""
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return (
-            isinstance(a, np.ndarray)
-            and isinstance(b, np.ndarray)
-            and a.shape == b.shape
-            and bool(np.array_equal(a, b))
-        )
-    return b is not None and a == b
-
-
-def _vector(name: str, value: Any, size: int) -> np.ndarray:
-    try:
-        vector = np.array(value, np.float32)
-    except (TypeError, ValueError) as error:
-        raise BadTick(f"{name}: found {value!r}, expected {size} numbers ({error})") from None
-    if vector.shape != (size,):
-        raise BadTick(f"{name}: found shape {vector.shape}, expected ({size},)")
-    if not np.isfinite(vector).all():
-        raise BadTick(
-            f"{name}: found {vector.tolist()}; NaN and infinity are not data. Leave the feature "
-            "out of the tick when the sensor gave nothing"
-        )
-    return vector

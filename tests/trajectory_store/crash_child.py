@@ -1,4 +1,7 @@
-"""The process that `test_crash.py` kills: records from the moment it reads a line on stdin."""
+"""The process that tests kill, or whose power they cut: records once it reads a line on stdin.
+
+`check` compares what it left behind with what it had to write.
+"""
 
 import os
 import sys
@@ -8,7 +11,7 @@ from uuid import UUID, uuid5
 import numpy as np
 import simplejpeg
 
-from trajectory_store import Source, StoreWriter, Tick
+from trajectory_store import Source, Store, StoreWriter, Tick
 from trajectory_store.contract import parse_contract
 
 NAMES = UUID(int=1)
@@ -30,6 +33,27 @@ def expected(life: int, episode: int, n: int) -> dict[str, np.ndarray]:
 def picture(i: int) -> bytes:
     image = np.random.default_rng(i).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image.repeat(4, 0).repeat(4, 1)), 80)
+
+
+def check(store: Store, newest: int | None = None) -> None:
+    """Every row (of the newest episodes) is what its life and episode say."""
+    known = {
+        str(uuid5(NAMES, f"{life}/{episode}")): (life, episode)
+        for life in range(201)
+        for episode in range(60)
+    }
+    frames = [picture(i) for i in range(16)]
+    row = 0
+    for e in store.table:
+        assert (e.first_row, e.uuid in known) == (row, True)
+        row = e.end_row
+        if newest is not None and e not in store.table[-newest:]:
+            continue
+        for key, wanted in expected(*known[e.uuid], len(e)).items():
+            np.testing.assert_array_equal(store.read(key, e), wanted, err_msg=key)
+        if len(e):
+            assert store.read_encoded(CAMERA, e) == [frames[i // 3 % 16] for i in range(len(e))]
+    assert row == store.rows
 
 
 def live(path: str, text: str, life: int, progress: int) -> None:
