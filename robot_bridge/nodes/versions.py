@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from robot_bridge.nodes.common import UserError
 from trajectory_store.contract import Contract
+from vla_post.export.card import policy_contract
 from vla_post.export.registry import Registry
-from vla_post.export.runtime import policy_contract
 
 if TYPE_CHECKING:
     from vla_post.export import ChunkPolicy

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trajectory_store.contract import Contract, parse_contract
+from trajectory_store.contract import Contract
 from vla_post.cli.errors import UserError
+from vla_post.export.card import policy_contract
 from vla_post.export.registry import Registry, parse_version
-from vla_post.policies.checkpoint import CARD, read_card
 
 if TYPE_CHECKING:
     pass
@@ -23,14 +23,14 @@ class Evaluate:
     """Play two policies (or one) on the same seeds and initial states, and compare.
 
     Name them as versions of a registry (--registry DIR --first 1 --last 12; by default the first
-    and the active one) or as checkpoint folders (--checkpoints A B).
+    and the active one) or as folders of checkpoints or exports (--checkpoints A B).
     """
 
     registry: Path | None = None
     first: str | None = None
     last: str | None = None
     checkpoints: tuple[Path, ...] = ()
-    """One or two checkpoint folders, instead of a registry."""
+    """One or two folders of checkpoints or exports, instead of a registry."""
     tasks: tuple[str, ...] = ()
     """All of the contract's tasks by default."""
     episodes: int = 15
@@ -190,7 +190,7 @@ def _common_contract(folders: Mapping[str, Path]) -> Contract:
     contract: Contract | None = None
     first = ""
     for name, folder in folders.items():
-        found = parse_contract(read_card(folder)["contract"], name=str(folder / CARD))
+        found = policy_contract(folder)
         if contract is None:
             contract, first = found, name
         contract.require_same(found, here=first, there=name)

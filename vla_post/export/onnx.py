@@ -1,41 +1,78 @@
-"""Checkpoint -> ONNX: one graph with normalisation, encoder and unrolled denoising inside.
+"""Checkpoint -> ONNX folder: traced, simplified, and held against PyTorch on recorded observations.
 
-Inputs: each observation feature (1, ...) before normalisation (vectors in robot units, images
-(1, 3, height, width) in [0, 1]), the instruction's tokens (int32), and the noise (1, H, W). Output:
-the action chunk (1, H, A) in robot units. The export is refused unless ONNX Runtime agrees with
-PyTorch on recorded observations.
+Two layouts. `unrolled` is one graph, `policy.onnx`, with all denoising steps inside: the fastest
+for small policies. `steps` is `encoder.onnx`, run once, and `step.onnx`, run once per denoising
+step: smaller, and quicker to trace and to build engines of for large policies.
 """
 
+import importlib.metadata
 import io
-import json
 import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from trajectory_store.contract import Contract
-from vla_post.export.runtime import (
-    EXPORT_FORMAT,
+from vla_post.export.card import (
+    ENCODER_FILE,
+    EXAMPLE_FILE,
     POLICY_CARD,
-    POLICY_FILE,
-    OnnxPolicy,
-    TorchPolicy,
+    STEP_FILE,
+    WHOLE_FILE,
+    Action,
+    Feature,
+    Layout,
+    ParityCard,
+    PolicyCard,
+    Precision,
+    hashes,
+    write_policy_card,
 )
+from vla_post.export.graph import (
+    ACTION,
+    FOLLOW,
+    NOISE,
+    PREVIOUS,
+    TIME,
+    X_NEXT,
+    EncoderGraph,
+    StepGraph,
+    WholeGraph,
+    X,
+    flatten,
+    is_flow,
+)
+from vla_post.export.onnx_policy import OnnxPolicy
+from vla_post.export.parity import Probe, compare, first_deviation
+from vla_post.export.passes import simplify
+from vla_post.export.precision import change_precision
+from vla_post.export.rewrite import rewritten
+from vla_post.export.runtime import TorchPolicy
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 
 OPSET = 20
-log = logging.getLogger(__name__)
+"""Of ONNX 1.15: what ONNX Runtime 1.17 and TensorRT 10 (JetPack 6.1) and later read."""
 
-Probe = tuple[Mapping[str, np.ndarray], str]
-"""A recorded observation without batch axis, as stored, and its instruction."""
+DT = "dt"
+BOUNDS: dict[Precision, float] = {
+    "fp32": 1e-4,
+    "fp16": 0.02,
+    "bf16": 0.05,
+    "int8": 0.1,
+    "int8-calibrated": 0.5,
+}
+"""Largest error allowed, as a share of the widest action's range; fp32's is in action units."""
+
+log = logging.getLogger(__name__)
 
 
 class ExportError(ValueError):
@@ -43,306 +80,401 @@ class ExportError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parity:
-    """PyTorch against ONNX Runtime on recorded observations, in action units."""
-
-    observations: int
-    max_error: float
-    mean_error: float
-    cosine: float
-    """Smallest cosine between the two chunks of one observation."""
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.max_error <= self.bound
+class ExportConfig:
+    layout: Layout = "unrolled"
+    precision: Precision = "fp32"
+    dynamic_batch: bool = False
+    """Any number of observations at once; robots need one, and static shapes run faster."""
+    bound: float | None = None
+    """Largest difference from PyTorch in action units; by default `BOUNDS`."""
+    denoising_steps: int | None = None
+    """Fewer than the policy's own make it faster and less exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
     folder: Path
-    parity: Parity
+    card: PolicyCard
     export_s: float
-    torch_ms: float
-    """Median latency of one chunk, eager PyTorch, one thread."""
-    onnx_ms: float
-    """Median latency of one chunk, ONNX Runtime, one thread, in the same run."""
+    """Of tracing and simplifying, without the comparison."""
     file_mb: float
-    opset: int
+
+    @property
+    def parity(self) -> ParityCard:
+        return self.card.parity
 
     @property
     def speedup(self) -> float:
-        return self.torch_ms / self.onnx_ms
-
-
-class PolicyGraph(nn.Module):
-    """What is exported: tensors in, one tensor out, no Python objects at the border."""
-
-    def __init__(self, policy: LeRobotPolicy, keys: Sequence[str], language: Sequence[str]) -> None:
-        super().__init__()
-        self.module = policy.module
-        self.policy = policy
-        self.keys, self.language = tuple(keys), tuple(language)
-        for number, key in enumerate(keys):
-            scale, offset = _input_affine(policy, key)
-            self.register_buffer(f"scale{number}", scale)
-            self.register_buffer(f"offset{number}", offset)
-        zero = torch.zeros(1, 1, policy.action_size, device=policy.device)
-        offset = policy.unnormalise(zero)
-        self.register_buffer("action_scale", policy.unnormalise(zero + 1) - offset)
-        self.register_buffer("action_offset", offset)
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Observation features in the order of `keys`, language inputs, noise."""
-        inputs: dict[str, Any] = {}
-        for number, key in enumerate(self.keys):
-            scale = self.get_buffer(f"scale{number}")
-            inputs[key] = tensors[number] * scale + self.get_buffer(f"offset{number}")
-        for name, tensor in zip(self.language, tensors[len(self.keys) :], strict=False):
-            inputs[name] = tensor != 0 if name.endswith("mask") else tensor.long()
-        head = self.policy.head
-        context = head.encode(inputs)
-        x = head.sample(context, tensors[-1][:, None])[:, 0]
-        return x * self.get_buffer("action_scale") + self.get_buffer("action_offset")
+        """Median latency of PyTorch over ONNX Runtime's, in turn, one thread each."""
+        return self.card.latency_ms["torch"] / self.card.latency_ms["onnx"]
 
 
 def export_policy(
     checkpoint: str | Path,
     folder: str | Path,
     probes: Sequence[Probe],
-    *,
-    bound: float = 1e-4,
+    config: ExportConfig | None = None,
 ) -> ExportReport:
-    """Writes `policy.onnx`, `policy.json` and `example.npz`, and proves them equal to PyTorch.
+    """Writes an export folder and proves it equal to the checkpoint.
 
     Args:
-        probes: recorded observations to compare on; at least one.
-        bound: largest absolute difference in action units.
+        probes: recorded observations to compare on (and to calibrate int8 on); at least one.
 
     Raises:
         vla_post.policies.checkpoint.CheckpointError: no such checkpoint.
-        ExportError: nothing to compare on, an operator that does not export, or parity beyond
-            `bound` (the files stay, beside a report of the error).
+        ExportError: nothing to compare on, an operator that does not export, a policy whose inputs
+            cannot be inputs of a graph, or parity beyond the bound. The message then names the
+            first layer that differs; the graphs stay in the folder, without a card.
     """
+    config = config or ExportConfig()
     if not probes:
         raise ExportError("no recorded observation to compare on; name a store with episodes")
-    folder = Path(folder)
     runtime = TorchPolicy(Path(checkpoint))
-    policy, contract = runtime.policy, runtime.policy.contract
+    policy = runtime.policy
     policy.module.eval()
-    keys = runtime.observation_keys
-    instructions = {task.instruction: None for task in contract.tasks.values()}
-    tokens = _same_length(
-        {text: _language_inputs(policy, contract, keys, text) for text in instructions}
-    )
-    names = list(next(iter(tokens.values())))
-
+    if config.denoising_steps is not None:
+        policy.head.denoising_steps = config.denoising_steps
+    if config.layout == "steps" and not is_flow(policy):
+        raise ExportError(
+            f"{policy.kind} integrates no velocity, so it has no step graph; export it unrolled"
+        )
+    tokens = _language(policy, probes)
     observation, instruction = probes[0]
-    feeds = _feeds(observation, keys) | tokens[instruction]
-    feeds["noise"] = np.zeros((1, policy.horizon, policy.noise_size), np.float32)
-    graph = PolicyGraph(policy, keys, names).eval()
+    feeds = {key: observation[key][None] for key in runtime.observation_keys} | tokens[instruction]
+    if is_flow(policy):
+        feeds[PREVIOUS] = np.zeros((1, policy.horizon, policy.action_size), np.float32)
+        feeds[FOLLOW] = np.zeros((1, policy.horizon), np.float32)
+    shape = (1, policy.horizon, policy.noise_size)
+    feeds[NOISE] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / POLICY_CARD).unlink(missing_ok=True)
     started = time.perf_counter()
-    _export(graph, feeds, folder / POLICY_FILE)
+    names = list(tokens[instruction])
+    with rewritten(), torch.no_grad():
+        programs = _trace(policy, names, feeds, folder, config)
     export_s = time.perf_counter() - started
+    if config.precision != "fp32":
+        change_precision(folder, tuple(programs), config.precision, _feeds(runtime, tokens, probes))
 
-    rng = np.random.default_rng(0)
-    feeds["noise"] = rng.standard_normal(feeds["noise"].shape, dtype=np.float32)
     with torch.inference_mode():
-        action = graph(*(torch.from_numpy(value) for value in feeds.values())).numpy()
-    np.savez(folder / "example.npz", action=action, allow_pickle=False, **feeds)
-    card = _card(runtime, contract, tokens, bound)
-    _write_card(folder, card)
-
-    exported = OnnxPolicy(folder)
-    parity = compare(runtime, exported, probes, bound=bound)
-    torch_ms, onnx_ms = _latency_ms(runtime, exported, probes)
-    report = ExportReport(
-        folder=folder,
-        parity=parity,
-        export_s=export_s,
-        torch_ms=torch_ms,
-        onnx_ms=onnx_ms,
-        file_mb=(folder / POLICY_FILE).stat().st_size / 1e6,
-        opset=OPSET,
+        example = WholeGraph(policy, names)(*(torch.from_numpy(v) for v in feeds.values()))
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in feeds.items()} | {ACTION: example.numpy()},
+        folder / EXAMPLE_FILE,
     )
-    card["parity"] = asdict(parity)
-    card["latency_ms"] = {"torch": torch_ms, "onnx": onnx_ms}
-    _write_card(folder, card)
+    card = _card(runtime, tokens, config, _bound(policy, config))
+    files = (*card.graphs, EXAMPLE_FILE)
+    card = card.model_copy(update={"files": hashes(folder, files)})
+    write_policy_card(folder, card)
+    try:
+        exported = OnnxPolicy(folder, prove=False)
+    finally:
+        (folder / POLICY_CARD).unlink()  # until it is proven
+    parity = compare(runtime, exported, probes, bound=card.parity.bound)
     if not parity.ok:
+        where = "; ".join(
+            f"{name}: first differs at {deviation}"
+            for name, deviation in _deviations(programs, folder, feeds, policy, names).items()
+        )
         raise ExportError(
             f"{folder}: ONNX Runtime differs from PyTorch by {parity.max_error:.3g} (bound "
-            f"{bound:.3g}) on {parity.observations} recorded observations; do not deploy this file"
+            f"{parity.bound:.3g}, cosine {parity.cosine:.4f}) on {parity.observations} recorded "
+            f"observations; do not deploy this file. {where or 'No single layer stands out'}"
         )
-    return report
-
-
-def compare(
-    reference: TorchPolicy, exported: OnnxPolicy, probes: Sequence[Probe], *, bound: float
-) -> Parity:
-    """Both on every probe, with equal noise."""
-    errors: list[np.ndarray] = []
-    cosines: list[float] = []
-    for seed, (observation, instruction) in enumerate(probes):
-        a = reference.act(observation, instruction, seed).astype(np.float64)
-        b = exported.act(observation, instruction, seed).astype(np.float64)
-        errors.append(np.abs(a - b))
-        scale = float(np.linalg.norm(a) * np.linalg.norm(b))
-        cosines.append(float((a * b).sum()) / scale if scale else 1.0)
-    return Parity(
-        observations=len(probes),
-        max_error=float(np.max(errors)),
-        mean_error=float(np.mean(errors)),
-        cosine=min(cosines),
-        bound=bound,
+    latency = _latency_ms(runtime, exported, probes)
+    card = card.model_copy(update={"parity": parity, "latency_ms": latency})
+    write_policy_card(folder, card)
+    return ExportReport(
+        folder=folder,
+        card=card,
+        export_s=export_s,
+        file_mb=sum((folder / name).stat().st_size for name in card.graphs) / 1e6,
     )
 
 
-def _export(graph: PolicyGraph, feeds: Mapping[str, np.ndarray], path: Path) -> None:
-    arguments = tuple(torch.from_numpy(value) for value in feeds.values())
+# Tracing ----------------------------------------------------------------------------------------
+
+
+def _trace(
+    policy: LeRobotPolicy,
+    language: Sequence[str],
+    feeds: Mapping[str, np.ndarray],
+    folder: Path,
+    config: ExportConfig,
+) -> dict[str, Any]:
+    """Writes the graphs; returns what PyTorch traced, by file name."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in feeds.items()}
+    if config.dynamic_batch:
+        # A traced size of 1 would be taken for a constant.
+        tensors = {name: torch.cat([t, t]) for name, t in tensors.items()}
+    if config.layout == "unrolled":
+        graph = WholeGraph(policy, language).eval()
+        return {WHOLE_FILE: _export(graph, tensors, [ACTION], folder / WHOLE_FILE, config)}
+    borders = (PREVIOUS, FOLLOW, NOISE)
+    seen = {name: t for name, t in tensors.items() if name not in borders}
+    encoder = EncoderGraph(policy, language).eval()
+    context, rebuild = flatten(encoder.head.encode(encoder.border.inputs(list(seen.values()))))
+    parts = {f"context{number}": t.clone() for number, t in enumerate(context)}
+    size = len(tensors[NOISE])
+    step_inputs = parts | {
+        PREVIOUS: tensors[PREVIOUS],
+        FOLLOW: tensors[FOLLOW],
+        X: tensors[NOISE],
+        TIME: torch.full((size,), 0.5),
+        DT: torch.full((size,), 1.0 / int(policy.head.denoising_steps)),
+    }
+    step = StepGraph(policy, language, rebuild).eval()
+    programs = {
+        ENCODER_FILE: _export(encoder, seen, list(parts), folder / ENCODER_FILE, config),
+        STEP_FILE: _export(step, step_inputs, [X_NEXT, ACTION], folder / STEP_FILE, config),
+    }
+    _drop_unused(folder / ENCODER_FILE, folder / STEP_FILE)
+    return programs
+
+
+def _export(
+    graph: nn.Module,
+    tensors: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    config: ExportConfig,
+) -> Any:
+    dynamic: Any = None
+    if config.dynamic_batch:
+        batch = torch.export.Dim("batch", min=1, max=1024)
+        dynamic = (tuple({0: batch} for _ in tensors),)
     chatter = io.StringIO()
     try:
-        with warnings.catch_warnings(), redirect_stdout(chatter), torch.no_grad():
+        with warnings.catch_warnings(), redirect_stdout(chatter):
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 graph,
-                arguments,
-                input_names=list(feeds),
-                output_names=["action"],
+                tuple(tensors.values()),
+                input_names=list(tensors),
+                output_names=list(outputs),
                 opset_version=OPSET,
                 dynamo=True,
+                dynamic_shapes=dynamic,
                 external_data=False,
                 verbose=False,
             )
-            assert program is not None
-            program.save(path, external_data=False)
+            model = simplify(program)
+            if config.dynamic_batch:
+                _require_dynamic(model)
+            onnx.save(model, path, **_beside(model, path))
+            return program.exported_program
     except Exception as error:
         log.debug("torch.onnx.export said: %s", chatter.getvalue())
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = str(cause).strip().splitlines() or lines or [""]
         raise ExportError(
-            f"{graph.policy.kind} does not export to ONNX opset {OPSET}: "
-            f"{type(error).__name__}: {first[:300]}"
+            f"{path.name} does not export to ONNX opset {OPSET}: {type(cause).__name__}: "
+            f"{said[0][:300]}"
         ) from error
 
 
-def _input_affine(policy: LeRobotPolicy, key: str) -> tuple[Tensor, Tensor]:
-    """(scale, offset) of lerobot's normaliser for one feature, read off the normaliser itself."""
-    shape = policy.config.input_features[key].shape
-    blank = {
-        k: torch.zeros(1, *f.shape, device=policy.device)
-        for k, f in policy.config.input_features.items()
-    }
-    text = next(iter(policy.contract.tasks.values())).instruction
-    offset: Tensor = policy.preprocess(dict(blank) | {"task": [text]})[key]
-    one = blank | {key: torch.ones(1, *shape, device=policy.device)}
-    scale: Tensor = policy.preprocess(dict(one) | {"task": [text]})[key] - offset
-    if len(shape) == 3:
-        # A picture is normalised per channel, if at all: keep one number a channel in the graph.
-        return scale[..., :1, :1].clone(), offset[..., :1, :1].clone()
-    return scale.clone(), offset.clone()
+def _require_dynamic(model: onnx.ModelProto) -> None:
+    for value in model.graph.input:
+        size = value.type.tensor_type.shape.dim[0]
+        if size.HasField("dim_value"):
+            raise ExportError(
+                f"the policy's code makes the batch size a constant ({value.name} has "
+                f"{size.dim_value}); export with static shapes"
+            )
 
 
-def _language_inputs(
-    policy: LeRobotPolicy, contract: Contract, keys: Sequence[str], instruction: str
-) -> dict[str, np.ndarray]:
-    """What the preprocessor makes of an instruction: tokens and mask, or the task's slot."""
+def _beside(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """ONNX files end at 2 GB; larger weights go to a file beside."""
+    if model.ByteSize() < 1_800_000_000:
+        return {}
+    return {"save_as_external_data": True, "location": f"{path.name}.data", "size_threshold": 1024}
+
+
+def _drop_unused(encoder: Path, step: Path) -> None:
+    """Leaves out what the encoder computes for others than the step (features for critics, say)."""
+    first, second = onnx.load(encoder), onnx.load(step)
+    used = {name for node in second.graph.node for name in node.input}
+    unused = {i.name for i in second.graph.input if i.name.startswith("context")} - used
+    for model, values in ((first, first.graph.output), (second, second.graph.input)):
+        kept = [v for v in values if v.name not in unused]
+        del values[:]
+        values.extend(kept)
+        needed = {v.name for v in model.graph.output}
+        nodes: list[onnx.NodeProto] = []
+        for node in reversed(model.graph.node):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        del model.graph.node[:]
+        model.graph.node.extend(reversed(nodes))
+        weights = [i for i in model.graph.initializer if i.name in needed]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(weights)
+    onnx.save(first, encoder, **_beside(first, encoder))
+    onnx.save(second, step, **_beside(second, step))
+
+
+# Language ---------------------------------------------------------------------------------------
+
+
+def _language(policy: LeRobotPolicy, probes: Sequence[Probe]) -> dict[str, dict[str, np.ndarray]]:
+    """Instruction -> what the preprocessor makes of it (1, L) int32, padded to one length.
+
+    Shapes are static, and the mask hides the padding.
+    """
+    texts = dict.fromkeys(
+        [task.instruction for task in policy.contract.tasks.values()] + [text for _, text in probes]
+    )
+    made = {text: _language_inputs(policy, text, 0.0) for text in texts}
+    first = next(iter(texts))
+    moved = _language_inputs(policy, first, 1.0)
+    if any(not np.array_equal(made[first][name], moved[name]) for name in moved):
+        raise ExportError(
+            f"{policy.kind} writes the robot's state into its prompt, so the tokens change with "
+            "every observation, and ONNX has no tokenizer; serve it with `vla-post serve` instead"
+        )
+    longest = {name: max(i[name].shape[-1] for i in made.values()) for name in made[first]}
+
+    def padded(name: str, value: np.ndarray) -> np.ndarray:
+        # The default mask of a slot or a fixed-length prompt needs no padding.
+        return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, longest[name] - value.shape[-1])])
+
+    return {text: {n: padded(n, v) for n, v in inputs.items()} for text, inputs in made.items()}
+
+
+def _language_inputs(policy: LeRobotPolicy, text: str, state: float) -> dict[str, np.ndarray]:
     blank: dict[str, Any] = {
-        key: torch.zeros(1, *policy.config.input_features[key].shape, device=policy.device)
-        for key in keys
+        key: torch.full((1, *feature.shape), state, device=policy.device)
+        for key, feature in policy.config.input_features.items()
     }
-    made = policy.preprocess(blank | {"task": [instruction]})
     out = {
         name: value.to(torch.int32).cpu().numpy()
-        for name, value in made.items()
+        for name, value in policy.preprocess(blank | {"task": [text]}).items()
         if isinstance(value, Tensor)
         and name.startswith("observation.")
-        and name not in keys
+        and name not in policy.observation_keys
         and not value.dtype.is_floating_point
     }
     if not out and hasattr(policy.module, "slot"):
         from vla_post.policies.flow import TASK_INDEX
 
         module: Any = policy.module
-        out = {TASK_INDEX: np.array([module.slot(instruction)], np.int32)}
+        out = {TASK_INDEX: np.array([module.slot(text)], np.int32)}
     return out
 
 
-def _same_length(
+# Report -----------------------------------------------------------------------------------------
+
+
+def _bound(policy: LeRobotPolicy, config: ExportConfig) -> float:
+    if config.bound is not None:
+        return config.bound
+    if config.precision == "fp32":
+        return BOUNDS["fp32"]
+    low, high = np.asarray(policy.contract.action.limits.position, np.float64).T
+    return BOUNDS[config.precision] * float((high - low).max())
+
+
+def _feeds(
+    runtime: TorchPolicy,
     tokens: Mapping[str, Mapping[str, np.ndarray]],
-) -> dict[str, dict[str, np.ndarray]]:
-    """Pads to the longest instruction: shapes are static, and the mask hides the padding."""
-    longest = {
-        name: max(inputs[name].shape[-1] for inputs in tokens.values())
-        for name in next(iter(tokens.values()))
-    }
-    return {
-        text: {
-            name: np.pad(
-                value, [(0, 0)] * (value.ndim - 1) + [(0, longest[name] - value.shape[-1])]
-            )
-            for name, value in inputs.items()
+    probes: Sequence[Probe],
+) -> list[dict[str, np.ndarray]]:
+    """The graph's inputs on the probes, with noise and every other one with a running chunk."""
+    policy = runtime.policy
+    out: list[dict[str, np.ndarray]] = []
+    for seed, (observation, instruction) in enumerate(probes):
+        feeds = {key: observation[key][None] for key in runtime.observation_keys}
+        feeds |= tokens[instruction]
+        if is_flow(policy):
+            rows = (1, policy.horizon, policy.action_size)
+            feeds[PREVIOUS] = np.zeros(rows, np.float32)
+            feeds[FOLLOW] = np.zeros(rows[:2], np.float32)
+        shape = (1, policy.horizon, policy.noise_size)
+        feeds[NOISE] = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        out.append(feeds)
+    return out
+
+
+def _deviations(
+    programs: Mapping[str, Any],
+    folder: Path,
+    feeds: Mapping[str, np.ndarray],
+    policy: LeRobotPolicy,
+    language: Sequence[str],
+) -> dict[str, Any]:
+    """File -> its first layer that differs; a step graph is looked at on the first step."""
+    given: dict[str, Mapping[str, np.ndarray]] = {WHOLE_FILE: feeds}
+    if ENCODER_FILE in programs:
+        seen = {k: v for k, v in feeds.items() if k not in (PREVIOUS, FOLLOW, NOISE)}
+        with torch.no_grad():
+            context = EncoderGraph(policy, language)(*(torch.from_numpy(v) for v in seen.values()))
+        given[ENCODER_FILE] = seen
+        given[STEP_FILE] = {f"context{n}": t.numpy() for n, t in enumerate(context)} | {
+            PREVIOUS: feeds[PREVIOUS],
+            FOLLOW: feeds[FOLLOW],
+            X: feeds[NOISE],
+            TIME: np.zeros(1, np.float32),
+            DT: np.full(1, 1.0 / int(policy.head.denoising_steps), np.float32),
         }
-        for text, inputs in tokens.items()
+    found = {
+        name: first_deviation(program, folder / name, given[name])
+        for name, program in programs.items()
     }
-
-
-def _feeds(observation: Mapping[str, np.ndarray], keys: Sequence[str]) -> dict[str, np.ndarray]:
-    from vla_post.batch import observation_from_numpy
-
-    batch = observation_from_numpy({key: observation[key][None] for key in keys})
-    return {key: tensor.numpy() for key, tensor in batch.items()}
+    return {name: deviation for name, deviation in found.items() if deviation is not None}
 
 
 def _card(
     runtime: TorchPolicy,
-    contract: Contract,
     tokens: Mapping[str, Mapping[str, np.ndarray]],
+    config: ExportConfig,
     bound: float,
-) -> dict[str, Any]:
-    import onnx
-    import onnxruntime
-
-    return {
-        "format": EXPORT_FORMAT,
-        "kind": runtime.policy.kind,
-        "contract": contract.to_json(),
-        "contract_sha256": contract.sha256,
-        "observations": {
-            key: {
-                "shape": list(contract.observations[key].shape),
-                "unit": contract.observations[key].unit,
-                "names": list(contract.observations[key].names),
-            }
+) -> PolicyCard:
+    policy, contract = runtime.policy, runtime.policy.contract
+    packages = ("vla-post", "torch", "lerobot", "onnx", "onnxscript", "onnxruntime")
+    return PolicyCard(
+        kind=policy.kind,
+        layout=config.layout,
+        precision=config.precision,
+        dynamic_batch=config.dynamic_batch,
+        opset=OPSET,
+        contract=contract.to_json(),
+        contract_sha256=contract.sha256,
+        observations={
+            key: Feature(
+                shape=tuple(contract.observations[key].shape),
+                dtype="uint8" if contract.observations[key].is_image else "float32",
+                unit=contract.observations[key].unit,
+                names=tuple(contract.observations[key].names),
+            )
             for key in runtime.observation_keys
         },
-        "action": {"names": list(contract.action.names), "unit": contract.action.unit},
-        "horizon": runtime.horizon,
-        "action_size": runtime.action_size,
-        "noise_size": runtime.policy.noise_size,
-        "control_hz": contract.control_hz,
-        "execute_steps": contract.execute_steps,
-        "denoising_steps": runtime.policy.head.denoising_steps,
-        "instructions": {
+        action=Action(names=tuple(contract.action.names), unit=contract.action.unit),
+        horizon=policy.horizon,
+        action_size=policy.action_size,
+        noise_size=policy.noise_size,
+        control_hz=contract.control_hz,
+        execute_steps=contract.execute_steps,
+        denoising_steps=int(policy.head.denoising_steps),
+        takes_previous=is_flow(policy),
+        instructions={
             text: {name: value[0].tolist() for name, value in inputs.items()}
             for text, inputs in tokens.items()
         },
-        "opset": OPSET,
-        "parity": {"bound": bound},
-        "versions": {
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-    }
-
-
-def _write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    (folder / POLICY_CARD).write_text(json.dumps(card, indent=2, default=str) + "\n")
+        files={},
+        parity=ParityCard(observations=0, max_error=0.0, mean_error=0.0, cosine=1.0, bound=bound),
+        versions={name: importlib.metadata.version(name) for name in packages},
+    )
 
 
 def _latency_ms(
     reference: TorchPolicy, exported: OnnxPolicy, probes: Sequence[Probe], repeats: int = 20
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Medians of both, measured in turn so that other load on the machine hits them alike."""
     times = np.zeros((2, repeats))
     observation, instruction = probes[0]
@@ -351,5 +483,5 @@ def _latency_ms(
             started = time.perf_counter()
             policy.act(observation, instruction, repeat)
             times[row, repeat] = time.perf_counter() - started
-    medians = np.median(times, axis=1) * 1e3
-    return float(medians[0]), float(medians[1])
+    torch_ms, onnx_ms = np.median(times, axis=1) * 1e3
+    return {"torch": float(torch_ms), "onnx": float(onnx_ms)}

@@ -5,8 +5,6 @@ computer needs ONNX Runtime alone. Noise comes from numpy's generator in both, s
 chunk whatever the backend. B batch, H chunk length, A action size, W the model's action width.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,13 +12,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-from trajectory_store.contract import Contract, parse_contract
+from trajectory_store.contract import Contract
+from vla_post.export.card import is_export, policy_contract
 from vla_post.policies.checkpoint import CheckpointError, read_card
 
-POLICY_FILE = "policy.onnx"
-POLICY_CARD = "policy.json"
-
-Backend = Literal["torch", "onnx"]
+Backend = Literal["auto", "torch", "onnx"]
 RtcForm = Literal["identity", "jacobian"]
 StoredObservation = Mapping[str, np.ndarray]
 """As the store keeps it: vectors float32, images (height, width, 3) uint8."""
@@ -80,24 +76,38 @@ class ChunkPolicy(Protocol):
 
 def load_policy(
     path: str | Path,
-    backend: Backend = "torch",
+    backend: Backend = "auto",
     *,
     threads: int = 1,
+    cores: Sequence[int] = (),
+    contract: Contract | None = None,
     rtc_form: RtcForm = "identity",
 ) -> ChunkPolicy:
     """Loads a checkpoint folder (torch) or an export folder (onnx), and warms it up.
 
     Args:
-        rtc_form: of the guidance in real-time chunking, see `vla_post.policies.rtc`. An export has
-            the form that it was exported with.
+        backend: `auto` tells an export folder from a checkpoint folder.
         threads: of the inference library. More than one makes the latency of small policies vary.
+        cores: CPU numbers to pin these threads to (onnx).
+        contract: of the cell; a policy of another one is refused.
+        rtc_form: of the guidance in real-time chunking, see `vla_post.policies.rtc`. An export has
+            the form `identity`.
 
     Raises:
         CheckpointError: not such a folder; incomplete, corrupted, or of another format.
+        trajectory_store.contract.ContractMismatch: a policy of another cell; names the fields.
     """
     path = Path(path)
+    if backend == "auto":
+        backend = "onnx" if is_export(path) else "torch"
     if backend == "onnx":
-        return OnnxPolicy(path, threads=threads)
+        from vla_post.export.onnx_policy import OnnxPolicy
+
+        if rtc_form != "identity":
+            raise ValueError(f"an export continues chunks in the form 'identity', not {rtc_form!r}")
+        return OnnxPolicy(path, threads=threads, cores=cores, contract=contract)
+    if contract is not None:
+        contract.require_same(policy_contract(path), here="this cell", there=str(path))
     return TorchPolicy(path, threads=threads, rtc_form=rtc_form)
 
 
@@ -122,10 +132,15 @@ def check_observation(
             raise PolicyInputError(
                 f"the observation lacks {key!r}; the policy needs {', '.join(shapes)}"
             )
+        dtype = observation[key].dtype
+        if len(shape) == 3 and dtype != np.uint8:
+            raise PolicyInputError(f"{key}: found pictures of {dtype}, expected uint8 as stored")
+        if len(shape) != 3 and not np.issubdtype(dtype, np.floating):
+            raise PolicyInputError(f"{key}: found numbers of {dtype}, expected float32 as stored")
         found = observation[key].shape[lead:]
         if tuple(found) != tuple(shape):
             raise PolicyInputError(f"{key}: found shape {found}, expected {tuple(shape)}")
-        if not np.isfinite(observation[key]).all():
+        if dtype != np.uint8 and not np.isfinite(observation[key]).all():
             raise PolicyInputError(f"{key}: holds NaN or infinity")
 
 
@@ -134,7 +149,13 @@ class TorchPolicy:
 
     def __init__(self, path: Path, *, threads: int = 1, rtc_form: RtcForm = "identity") -> None:
         card = read_card(path)
-        import torch
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise CheckpointError(
+                f"{path}: a checkpoint runs through PyTorch, which this machine does not have; "
+                "export it with `vla-post export` and run the export, or install vla-post[learn]"
+            ) from error
 
         from vla_post.policies.lerobot_adapter import LeRobotPolicy
 
@@ -236,159 +257,6 @@ class TorchPolicy:
             self.act(blank, instruction, seed)
         if self.takes_previous:
             self.act(blank, instruction, previous=np.zeros((1, self.action_size), np.float32))
-
-
-class OnnxPolicy:
-    """An exported policy through ONNX Runtime; `policy.json` says what the file expects."""
-
-    takes_previous = False
-
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
-        import onnxruntime
-
-        self._onnxruntime = onnxruntime
-        self._threads = threads
-        self._open(path)
-
-    def _open(self, path: Path) -> None:
-        card = read_policy_card(path)
-        options = self._onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        # Spinning threads take the core that the arbiter needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        wanted = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-        available = self._onnxruntime.get_available_providers()
-        try:
-            self._session: Any = self._onnxruntime.InferenceSession(
-                (path / POLICY_FILE).read_bytes(),
-                options,
-                providers=[name for name in wanted if name in available],
-            )
-        except Exception as error:  # ONNX Runtime's own classes share no useful base
-            raise CheckpointError(
-                f"{path / POLICY_FILE}: ONNX Runtime cannot load it ({str(error)[:300]}). Export "
-                "again; a copy may have been cut short."
-            ) from error
-        self._card = card
-        self._shapes = {key: tuple(f["shape"]) for key, f in card["observations"].items()}
-        self.observation_keys = tuple(self._shapes)
-        self.horizon, self.action_size = int(card["horizon"]), int(card["action_size"])
-        self._width = int(card["noise_size"])
-        self.contract_sha256 = str(card["contract_sha256"])
-        self._language = {
-            instruction: {name: np.asarray(v, np.int32)[None] for name, v in inputs.items()}
-            for instruction, inputs in card["instructions"].items()
-        }
-        self._check_example(path)
-
-    def act(
-        self,
-        observation: StoredObservation,
-        instruction: str,
-        seed: int = 0,
-        *,
-        previous: Float[np.ndarray, "k A"] | None = None,
-        delay: int = 0,
-    ) -> Float[np.ndarray, "H A"]:
-        if previous is not None:
-            raise PolicyInputError("this export cannot continue a running chunk; blend instead")
-        check_observation(observation, self._shapes, lead=0)
-        feeds = {key: _as_network_input(observation[key])[None] for key in self.observation_keys}
-        noise = draw_noise(np.array([seed]), self.horizon, self._width)
-        return self._run(feeds | self._tokens(instruction) | {"noise": noise})
-
-    def act_batch(
-        self,
-        observation: StoredObservation,
-        instructions: Sequence[str],
-        seeds: Int[np.ndarray, " B"],
-    ) -> Float[np.ndarray, "B H A"]:
-        # The graph has static shapes with a batch of one, which is what a robot needs.
-        return np.stack(
-            [
-                self.act({k: v[i] for k, v in observation.items()}, instruction, int(seeds[i]))
-                for i, instruction in enumerate(instructions)
-            ]
-        )
-
-    def reload(self, path: str | Path) -> None:
-        self._open(Path(path))
-
-    def close(self) -> None:
-        self._session = None
-
-    def _tokens(self, instruction: str) -> dict[str, np.ndarray]:
-        try:
-            return self._language[instruction]
-        except KeyError:
-            known = "; ".join(map(repr, self._language))
-            raise PolicyInputError(
-                f"the export knows no instruction {instruction!r}; it knows {known}. Add the task "
-                "to the contract and export again"
-            ) from None
-
-    def _run(self, feeds: dict[str, np.ndarray]) -> Float[np.ndarray, "H A"]:
-        return self._session.run(["action"], feeds)[0][0]
-
-    def _check_example(self, path: Path) -> None:
-        """The example that was exported with the file must come out the same on this machine."""
-        example = np.load(path / "example.npz", allow_pickle=False)
-        feeds = {name: example[name] for name in example.files if name != "action"}
-        started = time.perf_counter()
-        error = float(np.abs(self._run(feeds) - example["action"][0]).max())
-        bound = float(self._card["parity"]["bound"])
-        if not error <= bound:
-            raise CheckpointError(
-                f"{path}: its own example differs by {error:.3g} on this machine (bound "
-                f"{bound:.3g}, after {time.perf_counter() - started:.2f} s); do not run it. Export "
-                "again, and check the provider's precision settings"
-            )
-
-
-def read_policy_card(path: Path) -> dict[str, Any]:
-    """`policy.json` of an export folder.
-
-    Raises:
-        CheckpointError: not an export folder, or one of another format.
-    """
-    card_path = path / POLICY_CARD
-    try:
-        card = json.loads(card_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: not an exported policy ({POLICY_CARD} is missing); make one with "
-            "`vla-post export CHECKPOINT`"
-        ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{card_path}: cannot be read ({error}); export again") from error
-    if not isinstance(card, dict) or card.get("format") != EXPORT_FORMAT:
-        raise CheckpointError(f"{card_path}: expected format {EXPORT_FORMAT!r}; export again")
-    if not (path / POLICY_FILE).is_file():
-        raise CheckpointError(f"{path / POLICY_FILE}: missing; export again")
-    return card
-
-
-def policy_contract(path: str | Path) -> Contract:
-    """The cell that a checkpoint or export folder was made for.
-
-    Raises:
-        CheckpointError: neither of the two.
-    """
-    path = Path(path)
-    card = read_policy_card(path) if (path / POLICY_CARD).is_file() else read_card(path)
-    return parse_contract(card["contract"], name=str(path))
-
-
-EXPORT_FORMAT = "vla_post/export/1"
-
-
-def _as_network_input(value: np.ndarray) -> np.ndarray:
-    """The numpy twin of `vla_post.batch.observation_from_numpy`, for one item."""
-    if value.dtype == np.uint8:
-        return np.ascontiguousarray(np.moveaxis(value, -1, -3), dtype=np.float32) / 255.0
-    return np.ascontiguousarray(value, dtype=np.float32)
 
 
 def _plain(statistics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -43,7 +43,8 @@ def euler(
     """Integrates dx/dt = velocity(x, t) from t = 0 to 1 in equal steps."""
     x = noise
     for step in range(steps):
-        time = torch.full((len(x),), step / steps, dtype=x.dtype, device=x.device)
+        # `len(x)` would make the batch size a constant of an exported graph.
+        time = torch.full_like(x[:, 0, 0], step / steps)
         x = x + velocity(x, time) / steps
     return x
 

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vla_post.policies import prefix
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -42,22 +44,8 @@ class RtcConfig:
 def prefix_weights(
     delay: int, overlap: int, horizon: int, schedule: str = "exp"
 ) -> Float[Tensor, " H"]:
-    """W by row: 1 before `delay`, falling until `overlap`, 0 from there on.
-
-    Raises:
-        ValueError: unless 0 <= delay and 0 <= overlap <= horizon.
-    """
-    if delay < 0 or not 0 <= overlap <= horizon:
-        raise ValueError(
-            f"delay is {delay} and the overlap {overlap} of a horizon of {horizon}; expected "
-            "delay >= 0 and an overlap within the horizon"
-        )
-    rows = torch.arange(horizon, dtype=torch.float32)
-    delay = min(delay, overlap)
-    left = ((overlap - rows) / (overlap - delay + 1)).clamp(0.0, 1.0)
-    if schedule == "exp":
-        left = left * torch.expm1(left) / (torch.e - 1.0)
-    return torch.where(rows < delay, 1.0, left)
+    """W by row, see `vla_post.policies.prefix`."""
+    return torch.from_numpy(prefix.prefix_weights(delay, overlap, horizon, schedule))
 
 
 def guided(

@@ -1,22 +1,32 @@
-"""The exported file equals the policy, and refuses what it was not made for."""
+"""The exported file equals the policy, in both layouts and every precision, or is refused."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
 
-from trajectory_store.contract import load_contract
-from vla_post.export.onnx import ExportError, export_policy
-from vla_post.export.runtime import OnnxPolicy, PolicyInputError, TorchPolicy, load_policy
+from trajectory_store.contract import ContractMismatch, load_contract
+from vla_post.export.card import hashes, read_policy_card, write_policy_card
+from vla_post.export.onnx import BOUNDS, ExportConfig, ExportError, export_policy
+from vla_post.export.onnx_policy import OnnxPolicy
+from vla_post.export.parity import compare
+from vla_post.export.precision import change_precision
+from vla_post.export.runtime import PolicyInputError, TorchPolicy, load_policy
 from vla_post.policies.build import build_policy
 from vla_post.policies.checkpoint import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("export")]
 
-CONTRACT = load_contract(Path(__file__).parents[3] / "sim" / "contracts" / "metaworld_state.yaml")
+SHIPPED = Path(__file__).parents[3] / "sim" / "contracts"
+CONTRACT = load_contract(SHIPPED / "metaworld_state.yaml")
 TEXT = CONTRACT.tasks["reach"].instruction
 
 
@@ -28,9 +38,15 @@ def observation(seed: int) -> dict[str, np.ndarray]:
     }
 
 
+PROBES = [
+    (observation(i), task.instruction) for i, task in enumerate(list(CONTRACT.tasks.values())[:6])
+]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint with random weights and odd statistics, and its export."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A checkpoint with random weights and odd statistics; its export as one graph, static; and as
+    encoder and step graphs, for any batch."""
     root = tmp_path_factory.mktemp("export")
     random = np.random.default_rng(0)
     statistics: dict[str, dict[str, Any]] = {
@@ -46,97 +62,65 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ]
     }
     checkpoint = build_policy("chunk_flow", CONTRACT, statistics).save(root / "checkpoint")
-    probes = [
-        (observation(i), task.instruction)
-        for i, task in enumerate(list(CONTRACT.tasks.values())[:6])
-    ]
-    report = export_policy(checkpoint, root / "onnx", probes)
-    assert report.parity.ok
+    report = export_policy(checkpoint, root / "whole", PROBES)
     assert report.parity.observations == 6
-    return checkpoint, root / "onnx"
+    assert report.parity.max_error < 1e-5
+    assert report.parity.cosine > 0.9999999
+    steps = ExportConfig(layout="steps", dynamic_batch=True)
+    assert export_policy(checkpoint, root / "steps", PROBES, steps).parity.max_error < 1e-5
+    return checkpoint, root / "whole", root / "steps"
 
 
-def test_both_backends_give_one_chunk_for_one_seed(folders: tuple[Path, Path]):
-    torch_policy, onnx_policy = TorchPolicy(folders[0]), OnnxPolicy(folders[1])
-    for seed in range(5):
-        a = torch_policy.act(observation(100 + seed), TEXT, seed)
-        b = onnx_policy.act(observation(100 + seed), TEXT, seed)
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def rehash(folder: Path) -> None:
+    card = read_policy_card_unchecked(folder)
+    names = tuple(card["files"])
+    card["files"] = hashes(folder, names)
+    (folder / "policy.json").write_text(json.dumps(card))
+
+
+def read_policy_card_unchecked(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "policy.json").read_text())
+
+
+# Equal ------------------------------------------------------------------------------------------
+
+
+def test_all_backends_give_one_chunk_for_one_seed(folders: tuple[Path, Path, Path]):
+    policies = [load_policy(folder) for folder in folders]
+    assert [type(policy) for policy in policies] == [TorchPolicy, OnnxPolicy, OnnxPolicy]
+    for seed in range(4):
+        a, *others = (policy.act(observation(100 + seed), TEXT, seed) for policy in policies)
         assert a.shape == (CONTRACT.chunk_horizon, CONTRACT.action.size)
-        np.testing.assert_allclose(a, b, atol=1e-4)
-    assert np.abs(a - torch_policy.act(observation(104), TEXT, 77)).max() > 1e-3
-    assert np.abs(a - torch_policy.act(observation(104), "Press a button", 4)).max() > 1e-4
+        for other in others:
+            np.testing.assert_allclose(a, other, atol=1e-5)
+    reference = policies[0]
+    assert np.abs(a - reference.act(observation(103), TEXT, 77)).max() > 1e-3
+    assert np.abs(a - reference.act(observation(103), "Press a button", 3)).max() > 1e-4
 
 
-def test_an_item_does_not_depend_on_its_batch(folders: tuple[Path, Path]):
-    policy = TorchPolicy(folders[0])
-    items = [observation(i) for i in range(4)]
-    batch = {key: np.stack([item[key] for item in items]) for key in items[0]}
-    together = policy.act_batch(batch, [TEXT] * 4, np.arange(4))
-    for seed, item in enumerate(items):
-        np.testing.assert_allclose(together[seed], policy.act(item, TEXT, seed), atol=1e-5)
-
-
-def test_wrong_inputs_are_named(folders: tuple[Path, Path]):
-    for policy in (load_policy(folders[0]), load_policy(folders[1], "onnx")):
-        good = observation(0)
-        with pytest.raises(PolicyInputError, match=r"lacks 'observation\.state'"):
-            policy.act({k: v for k, v in good.items() if k != "observation.state"}, TEXT)
-        with pytest.raises(PolicyInputError, match=r"expected \(4,\)"):
-            policy.act(good | {"observation.state": np.zeros(5, np.float32)}, TEXT)
-        with pytest.raises(PolicyInputError, match="NaN"):
-            policy.act(good | {"observation.state": np.full(4, np.nan, np.float32)}, TEXT)
-    with pytest.raises(PolicyInputError, match="knows no instruction 'Fly'"):
-        OnnxPolicy(folders[1]).act(observation(0), "Fly")
-
-
-def test_damaged_exports_are_refused(folders: tuple[Path, Path], tmp_path: Path):
-    def copy(name: str) -> Path:
-        return Path(shutil.copytree(folders[1], tmp_path / name))
-
-    cut = copy("cut")
-    data = (cut / "policy.onnx").read_bytes()
-    (cut / "policy.onnx").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="cannot load"):
-        OnnxPolicy(cut)
-
-    other = copy("other")
-    example = dict(np.load(other / "example.npz"))
-    example["action"] = example["action"] + 0.01
-    np.savez(other / "example.npz", **example)
-    with pytest.raises(CheckpointError, match="its own example differs"):
-        OnnxPolicy(other)
-
-    card = copy("card")
-    text = json.loads((card / "policy.json").read_text()) | {"format": "vla_post/export/9"}
-    (card / "policy.json").write_text(json.dumps(text))
-    with pytest.raises(CheckpointError, match="expected format"):
-        OnnxPolicy(card)
-    with pytest.raises(CheckpointError, match="not an exported policy"):
-        OnnxPolicy(tmp_path)
-
-
-def test_an_export_without_recorded_observations_is_refused(
-    folders: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(("rows", "delay"), [(8, 0), (5, 2), (1, 1), (12, 3)])
+def test_all_backends_continue_a_running_chunk_alike(
+    folders: tuple[Path, Path, Path], rows: int, delay: int
 ):
-    with pytest.raises(ExportError, match="no recorded observation"):
-        export_policy(folders[0], tmp_path / "x", [])
+    previous = np.random.default_rng(3).normal(size=(rows, CONTRACT.action.size)).astype(np.float32)
+    free, followed = [], []
+    for folder in folders:
+        policy = load_policy(folder)
+        assert policy.takes_previous
+        free.append(policy.act(observation(1), TEXT, 5))
+        followed.append(policy.act(observation(1), TEXT, 5, previous=previous, delay=delay))
+    for other in followed[1:]:
+        np.testing.assert_allclose(followed[0], other, atol=1e-4)
+    overlap = min(rows, len(free[0]))
+    before, after = (np.abs(c[1][:overlap] - previous[:overlap]).mean() for c in (free, followed))
+    assert after < before
 
 
-def test_reload_takes_other_weights(folders: tuple[Path, Path], tmp_path: Path):
-    policy = TorchPolicy(folders[0])
-    before = policy.act(observation(0), TEXT, 0)
-    other = Path(shutil.copytree(folders[0], tmp_path / "other"))
-    from safetensors.numpy import load_file, save_file
-
-    weights = load_file(other / "model.safetensors")
-    save_file({k: v * 0.5 for k, v in weights.items()}, other / "model.safetensors")
-    policy.reload(other)
-    assert np.abs(policy.act(observation(0), TEXT, 0) - before).max() > 1e-3
-    policy.reload(folders[0])
-    np.testing.assert_array_equal(policy.act(observation(0), TEXT, 0), before)
-
-
-def test_a_checkpoint_continues_a_running_chunk(folders: tuple[Path, Path]):
+def test_a_checkpoint_continues_a_running_chunk(folders: tuple[Path, Path, Path]):
     """Rows that will have run when the new chunk arrives stay nearly as they were."""
     previous = np.full((5, CONTRACT.action.size), 0.8, np.float32)
     for form in ("identity", "jacobian"):
@@ -146,3 +130,288 @@ def test_a_checkpoint_continues_a_running_chunk(folders: tuple[Path, Path]):
         assert follows.shape == free.shape
         assert np.abs(follows[:3] - 0.8).mean() < 0.2 * np.abs(free[:3] - 0.8).mean()
         assert np.isfinite(follows).all()
+    with pytest.raises(ValueError, match="form 'identity', not 'jacobian'"):
+        load_policy(folders[1], rtc_form="jacobian")
+
+
+def test_an_item_does_not_depend_on_its_batch(folders: tuple[Path, Path, Path]):
+    items = [observation(i) for i in range(4)]
+    batch = {key: np.stack([item[key] for item in items]) for key in items[0]}
+    for folder in folders:
+        policy = load_policy(folder)
+        together = policy.act_batch(batch, [TEXT] * 4, np.arange(4))
+        for seed, item in enumerate(items):
+            np.testing.assert_allclose(together[seed], policy.act(item, TEXT, seed), atol=1e-5)
+
+
+def test_the_card_says_what_the_graph_takes(folders: tuple[Path, Path, Path]):
+    card = read_policy_card(folders[1])
+    model = onnx.load(folders[1] / "policy.onnx")
+    inputs = {
+        i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input
+    }
+    for key, feature in card.observations.items():
+        assert inputs[key] == [1, *feature.shape]
+    assert inputs["noise"] == [1, card.horizon, card.noise_size]
+    assert card.opset == model.opset_import[0].version == 20
+    assert card.contract_sha256 == CONTRACT.sha256
+    assert card.the_contract() == CONTRACT
+    assert set(card.files) == {"policy.onnx", "example.safetensors"}
+    assert {"torch", "onnxruntime"} <= set(card.versions)
+    # Nothing of this machine travels with the file.
+    assert str(Path(__file__).parents[3]).encode() not in (folders[1] / "policy.onnx").read_bytes()
+
+
+def test_one_batch_size_or_any(folders: tuple[Path, Path, Path]):
+    static, moving = (onnx.load(folders[1] / "policy.onnx"), onnx.load(folders[2] / "step.onnx"))
+    assert all(i.type.tensor_type.shape.dim[0].dim_value == 1 for i in static.graph.input)
+    assert all(i.type.tensor_type.shape.dim[0].dim_param for i in moving.graph.input)
+
+
+# Precision --------------------------------------------------------------------------------------
+
+
+def test_lower_precision_stays_within_its_bounds(folders: tuple[Path, Path, Path], tmp_path: Path):
+    reference = TorchPolicy(folders[0])
+    full = sum(f.stat().st_size for f in folders[1].glob("*.onnx"))
+    span = float(np.ptp(np.asarray(CONTRACT.action.limits.position), axis=1).max())
+    card = read_policy_card(folders[1])
+    feeds = [
+        load_file(folders[1] / "example.safetensors")
+        | {key: seen[key][None] for key in card.observations}
+        for seen, _ in PROBES
+    ]
+    errors: dict[str, float] = {}
+    for precision in ("fp16", "bf16", "int8", "int8-calibrated"):
+        folder = copy(folders[1], tmp_path / precision)
+        change_precision(folder, ("policy.onnx",), precision, feeds)
+        rehash(folder)
+        exported = OnnxPolicy(folder, prove=False)
+        parity = compare(reference, exported, PROBES, bound=BOUNDS[precision] * span)
+        assert parity.ok, (precision, parity)
+        errors[precision] = parity.max_error
+        small = (folder / "policy.onnx").stat().st_size
+        assert small < full * (0.6 if precision in ("fp16", "bf16") else 0.45)
+        onnx.checker.check_model(onnx.load(folder / "policy.onnx"), full_check=True)
+    assert 1e-5 < errors["fp16"] < errors["bf16"] < errors["int8-calibrated"]
+
+
+# Refused ----------------------------------------------------------------------------------------
+
+
+def test_wrong_inputs_are_named(folders: tuple[Path, Path, Path]):
+    state = "observation.state"
+    for folder in folders:
+        policy = load_policy(folder)
+        good = observation(0)
+        for value, words in [
+            (np.zeros(5, np.float32), r"expected \(4,\)"),
+            (np.zeros((1, 4), np.float32), r"expected \(4,\)"),
+            (np.full(4, np.nan, np.float32), "NaN"),
+            (np.zeros(4, np.int64), "found numbers of int64"),
+            (np.array(["a"] * 4), "found numbers of <U1"),
+        ]:
+            with pytest.raises(PolicyInputError, match=words):
+                policy.act(good | {state: value}, TEXT)
+        with pytest.raises(PolicyInputError, match=r"lacks 'observation\.state'"):
+            policy.act({k: v for k, v in good.items() if k != state}, TEXT)
+    exported = OnnxPolicy(folders[1])
+    with pytest.raises(PolicyInputError, match="knows no instruction 'Fly'"):
+        exported.act(observation(0), "Fly")
+    with pytest.raises(PolicyInputError, match="previous: found shape"):
+        exported.act(observation(0), TEXT, previous=np.zeros((2, 9), np.float32))
+
+
+def test_flipped_and_cut_files_never_reach_the_runtime(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+):
+    """A damaged graph can crash a native parser: the hash is looked at before it."""
+    random = np.random.default_rng(0)
+    for source, name in [
+        (folders[1], "policy.onnx"),
+        (folders[2], "step.onnx"),
+        (folders[1], "example.safetensors"),
+    ]:
+        folder = copy(source, tmp_path / name)
+        data = (folder / name).read_bytes()
+        for number in range(40):
+            broken = bytearray(data)
+            if number % 2:
+                broken[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+            else:
+                broken = broken[: int(random.integers(len(data)))]
+            (folder / name).write_bytes(bytes(broken))
+            with pytest.raises(CheckpointError, match="SHA-256 differs"):
+                OnnxPolicy(folder)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match="missing"):
+            OnnxPolicy(folder)
+
+
+def test_a_damaged_card_is_refused_or_means_the_same(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+):
+    folder = copy(folders[1], tmp_path / "card")
+    text = (folder / "policy.json").read_bytes()
+    expected = OnnxPolicy(folder).act(observation(0), TEXT)
+    random = np.random.default_rng(1)
+    refused = 0
+    for number in range(60):
+        broken = bytearray(text)
+        if number % 3 == 0:
+            broken = broken[: int(random.integers(len(text)))]
+        else:
+            broken[int(random.integers(len(text)))] = int(random.integers(32, 127))
+        (folder / "policy.json").write_bytes(bytes(broken))
+        try:
+            policy = OnnxPolicy(folder, contract=CONTRACT)
+            np.testing.assert_allclose(policy.act(observation(0), TEXT), expected, atol=1e-5)
+        except (CheckpointError, ContractMismatch, PolicyInputError):
+            refused += 1
+    assert refused > 20
+
+
+def test_exports_that_are_not_what_they_say_are_refused(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+):
+    # The hash is right, but the graph is not one.
+    cut = copy(folders[1], tmp_path / "cut")
+    (cut / "policy.onnx").write_bytes((cut / "policy.onnx").read_bytes()[:5000])
+    rehash(cut)
+    with pytest.raises(CheckpointError, match="cannot load"):
+        OnnxPolicy(cut)
+
+    other = copy(folders[1], tmp_path / "other")
+    example = load_file(other / "example.safetensors")
+    save_file(example | {"action": example["action"] + 0.01}, other / "example.safetensors")
+    rehash(other)
+    with pytest.raises(CheckpointError, match="its own example differs"):
+        OnnxPolicy(other)
+
+    old = copy(folders[1], tmp_path / "old")
+    card = read_policy_card_unchecked(old) | {"format": "vla_post/export/1"}
+    (old / "policy.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="expected format"):
+        OnnxPolicy(old)
+
+    strange = copy(folders[1], tmp_path / "strange")
+    card = read_policy_card(strange)
+    some = dict(list(card.observations.items())[:1])
+    write_policy_card(strange, card.model_copy(update={"observations": some}))
+    with pytest.raises(CheckpointError, match="the graph wants"):
+        OnnxPolicy(strange)
+
+    with pytest.raises(CheckpointError, match="not an exported policy"):
+        OnnxPolicy(tmp_path)
+
+
+def test_a_policy_of_another_cell_is_refused_with_the_fields_that_differ(
+    folders: tuple[Path, Path, Path],
+):
+    pixels = load_contract(SHIPPED / "metaworld_pixels.yaml")
+    for folder in folders:
+        with pytest.raises(ContractMismatch, match="chunk_horizon"):
+            load_policy(folder, contract=pixels)
+    assert load_policy(folders[1], contract=CONTRACT).contract_sha256 == CONTRACT.sha256
+
+
+def test_a_wrong_weight_fails_the_export_and_its_layer_is_named(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from vla_post.export import onnx as module
+
+    simplify = module.simplify
+
+    def spoiled(program: Any) -> onnx.ModelProto:
+        model = simplify(program)
+        (weight,) = (i for i in model.graph.initializer if "blocks.1.1.bias" in i.name)
+        array = numpy_helper.to_array(weight) + 0.5
+        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+        return model
+
+    monkeypatch.setattr(module, "simplify", spoiled)
+    with pytest.raises(ExportError, match=r"first differs at .*net\.blocks\.1\.1"):
+        export_policy(folders[0], tmp_path / "bad", PROBES)
+    with pytest.raises(CheckpointError, match="not an exported policy"):
+        OnnxPolicy(tmp_path / "bad")
+
+
+def test_an_operator_without_onnx_is_named(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
+
+    from vla_post.policies.flow import ChunkFlowNet
+
+    def strange(self: Any, context: torch.Tensor, x: torch.Tensor, time: torch.Tensor) -> Any:
+        return torch.linalg.eigvalsh(x @ x.mT)[..., None] + x
+
+    monkeypatch.setattr(ChunkFlowNet, "forward", strange)
+    with pytest.raises(ExportError, match="eigh"):
+        export_policy(folders[0], tmp_path / "x", PROBES)
+
+
+def test_nothing_to_prove_it_on_or_nothing_to_export(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+):
+    with pytest.raises(ExportError, match="no recorded observation"):
+        export_policy(folders[0], tmp_path / "x", [])
+    unfinished = copy(folders[0], tmp_path / "unfinished")
+    (unfinished / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="weights of this architecture"):
+        export_policy(unfinished, tmp_path / "x", PROBES)
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        export_policy(tmp_path / "nothing", tmp_path / "x", PROBES)
+
+
+# Without torch ----------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "lerobot", "transformers", "onnx", "mujoco", "scipy"):
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from vla_post.export import load_policy
+from vla_post.policies.checkpoint import CheckpointError
+
+policy = load_policy(sys.argv[2])
+observation = {key: np.zeros(f.shape, f.dtype) for key, f in policy.card.observations.items()}
+chunk = policy.act(observation, next(iter(policy.card.instructions)))
+assert np.isfinite(chunk).all()
+try:
+    load_policy(sys.argv[1])
+except CheckpointError as error:
+    print(error)
+print(chunk.shape, sorted(n for n in sys.modules if n in ("torch", "onnx", "lerobot")))
+"""
+
+
+def test_a_robot_runs_an_export_without_torch(folders: tuple[Path, Path, Path]):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(folders[0]), str(folders[1])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    refusal, answer = done.stdout.splitlines()
+    assert "PyTorch, which this machine does not have" in refusal
+    assert answer == f"{(CONTRACT.chunk_horizon, CONTRACT.action.size)} []"
+
+
+def test_reload_takes_other_weights(folders: tuple[Path, Path, Path], tmp_path: Path):
+    policy = TorchPolicy(folders[0])
+    before = policy.act(observation(0), TEXT, 0)
+    other = copy(folders[0], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v * 0.5 for k, v in weights.items()}, other / "model.safetensors")
+    policy.reload(other)
+    assert np.abs(policy.act(observation(0), TEXT, 0) - before).max() > 1e-3
+    policy.reload(folders[0])
+    np.testing.assert_array_equal(policy.act(observation(0), TEXT, 0), before)
