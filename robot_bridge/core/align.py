@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from trajectory_store.contract import Align, Contract, ObservationFeature
 
+CLOCK_JUMP_NS = 1_000_000_000
+"""A stamp that lies further back than this is a clock that was set back, not a late message."""
+
 Value = Any
 """A vector (D,) float, or one camera frame as bytes or array; the aligner never looks inside."""
 
@@ -181,6 +184,11 @@ class Aligner:
     def drop_before(self, tick_ns: int) -> None:
         for ring in self.rings.values():
             ring.drop_before(tick_ns)
+
+    def clear(self) -> None:
+        """Forgets everything: the clock was set back."""
+        for ring in self.rings.values():
+            ring.clear()
 
 
 class SequenceCounter:

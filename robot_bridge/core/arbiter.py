@@ -11,6 +11,7 @@ arguments, so tests need no real time. Not thread-safe: one owner, one thread.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,12 +94,15 @@ class Arbiter:
     Args:
         lockstep: simulated time stands still until the command of a tick is sent. Then a chunk is
             followed for `execute_steps` and a human's command must carry the tick's very stamp.
+        folder: where the contract lies; see `Gate`.
     """
 
-    def __init__(self, contract: Contract, *, lockstep: bool = False) -> None:
+    def __init__(
+        self, contract: Contract, *, lockstep: bool = False, folder: Path | None = None
+    ) -> None:
         self.contract = contract
         self.lockstep = lockstep
-        self.gate = Gate(contract)
+        self.gate = Gate(contract, folder)
         self.mode = Mode.HOLD
         self.phase = Phase.STEADY
         self.reason = "not resumed yet"
@@ -467,6 +471,8 @@ class Arbiter:
         if self.chunk_age_ns > self._safety.chunk_max_age_ms * 1e6:
             self._stale(f"the chunk is {self.chunk_age_ns / 1e6:.0f} ms old")
             return self._hold(tick_ns)
+        if self.gate.last is None and not self.gate.delta:
+            self.gate.reset(self._measured)
         desired = self._blend(tick_ns, chunk.points[step])
         gated = self.gate.pass_through(desired, self._tool)
         label = f"policy:{chunk.version}#{chunk.chunk_id}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robot_bridge.core.align import Aligner
+from robot_bridge.core.align import CLOCK_JUMP_NS, Aligner
 from robot_bridge.core.arbiter import Chunk
 from trajectory_store.contract import Contract
 from trajectory_store.schema import Source, Tick
@@ -111,7 +111,13 @@ class EpisodeAssembler:
     def executed(self, stamp_ns: int, command: Vector, label: str, mono_s: float) -> None:
         self._heard_mono_s = mono_s
         if self._executed and stamp_ns <= self._executed[-1].stamp_ns:
-            return  # a tick that the arbiter said again
+            back_ns = self._executed[-1].stamp_ns - stamp_ns
+            if back_ns < CLOCK_JUMP_NS or self._start_ns is not None:
+                return  # a tick that the arbiter said again, or an episode that is being aborted
+            self._executed.clear()
+            self._chunks.clear()
+            self._human.clear()
+            self._aligner.clear()
         self._executed.append(Executed(stamp_ns, command, label, mono_s))
         if self._start_ns is None and len(self._executed) > 512:
             self._executed.popleft()

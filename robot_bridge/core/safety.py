@@ -3,13 +3,14 @@
 A command that is not finite is refused. Everything else is moved inside the contract's limits:
 position, and where declared velocity, acceleration, jerk and step, by an online trajectory of the
 ruckig library that starts at the previous command. The gate keeps one invariant: from what was
-sent, a full stop inside the position limits is always possible. A new command that would break it
-is replaced by the next point of that stop.
+sent, a full stop inside the position limits and the workspace box is always possible. A new command
+that would break it is replaced by the next point of that stop.
 
 A: number of joints of the action feature.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from ruckig import (
     Trajectory,
 )
 
+from robot_bridge.core.kinematics import Kinematics, ToolBox
 from trajectory_store.contract import Contract, ContractError
 
 Vector = NDArray[np.float64]
@@ -30,6 +32,8 @@ Vector = NDArray[np.float64]
 JERK_AHEAD = 3
 """Control periods that a jerk-limited trajectory looks ahead."""
 _SLACK = 1e-9
+_WALL_M = 1e-6
+"""Rounding at the wall of the workspace box."""
 """Relative room for rounding when a state is handed back to ruckig."""
 
 
@@ -52,12 +56,15 @@ class Gate:
     the integral of the displacements, so that velocity limits bound a displacement and acceleration
     limits its change; joints in `held` (a gripper) are only clamped.
 
+    Args:
+        folder: where the contract lies; the model of its workspace box is relative to it.
+
     Raises:
-        ContractError: the workspace box names states that no action moves, or jerk is limited
-            without acceleration.
+        ContractError: the workspace box names states that no action moves, or a model that cannot
+            be used, or jerk is limited without acceleration.
     """
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, folder: Path | None = None) -> None:
         action, limits = contract.action, contract.action.limits
         self.names = action.names
         self.size = action.size
@@ -72,12 +79,13 @@ class Gate:
                 "limits.jerk is declared without limits.acceleration; a jerk limit needs both"
             )
         self._box = _Box(contract)
+        self._tool_box = _tool_box(contract, folder or Path())
         if not self.delta:
             self._low = np.maximum(self._low, self._box.absolute_low)
             self._high = np.minimum(self._high, self._box.absolute_high)
         self._online: _Online | None = None
         if limits.velocity or limits.acceleration or limits.step:
-            self._online = _Online(contract, self._low, self._high)
+            self._online = _Online(contract, self._low, self._high, self._tool_box)
         self.last: Vector | None = None
         """The previous command, (A,)."""
 
@@ -92,14 +100,17 @@ class Gate:
         return np.clip(np.zeros(self.size), self._low, self._high)
 
     def inside(self, desired: Vector) -> Vector:
-        """The nearest position inside the limits; no memory, no rates."""
-        return np.clip(desired, self._low, self._high)
+        """The nearest position inside the limits and the box; no memory, no rates."""
+        clipped = np.clip(desired, self._low, self._high)
+        if self._tool_box is None:
+            return clipped
+        return self._tool_box.nearest(clipped, self._low, self._high)
 
     def still(self, measured: Vector | None = None) -> Vector:
         """(A,) what `hold` comes to rest at when nothing moves; changes nothing."""
         if self.last is None:
             start = measured if measured is not None and not self.delta else self.neutral()
-            return self.inside(start)
+            return np.clip(start, self._low, self._high)
         return np.where(self._held, self.last, 0.0) if self.delta else self.last.copy()
 
     def hold(self, measured: Vector | None = None) -> Gated:
@@ -138,13 +149,17 @@ class Gate:
         if self.last is None:
             self.reset(self.neutral() if self.delta else desired)
         assert self.last is not None
-        command = np.clip(desired, self._low, self._high)
+        command = self.inside(desired)
         if self.delta and tool is not None:
             command = self._box.stop_outward(command, tool)
         if self._online is not None:
             online = self._online.step(command)
             command = np.where(self._held, command, online) if self.delta else online
             command = np.clip(command, self._low, self._high)
+        elif self._tool_box is not None:
+            bound = self._tool_box.outside_m(self.last) + _WALL_M
+            if self._tool_box.outside_m(command) > bound:
+                command = self.last
         self.last = command
         changed = np.abs(command - desired) > 1e-6
         if not changed.any():
@@ -153,6 +168,24 @@ class Gate:
         for name in clipped:
             self.counts[name] += 1
         return Gated(command, clipped)
+
+
+def _tool_box(contract: Contract, folder: Path) -> ToolBox | None:
+    """The workspace box where it is given by a model."""
+    box = contract.safety.workspace
+    if box is None or not box.model:
+        if box is not None and not box.names:
+            raise ContractError(
+                "safety.workspace has neither `model` and `site` nor `names`: the tool's position "
+                "would be unknown, and the box without effect"
+            )
+        return None
+    if contract.action.mode != "absolute":
+        raise ContractError(
+            "safety.workspace.model needs an `absolute` action of joint positions; a `delta` cell "
+            "gives its box by `names`"
+        )
+    return ToolBox(box, Kinematics(folder / box.model, box.site, contract.action.names))
 
 
 class _Box:
@@ -204,7 +237,8 @@ class _Online:
     is rebased to zero after every call and a command is the distance travelled.
     """
 
-    def __init__(self, contract: Contract, low: Vector, high: Vector) -> None:
+    def __init__(self, contract: Contract, low: Vector, high: Vector, box: ToolBox | None) -> None:
+        self._box = box
         action, limits = contract.action, contract.action.limits
         n, self._dt = action.size, 1.0 / contract.control_hz
         dt = self._dt
@@ -318,7 +352,7 @@ class _Online:
         return self._calculate(parameter)
 
     def _can_stop(self, position: Vector, rate: Vector, change: Vector) -> bool:
-        """Does the fastest stop from this state stay within the position limits?"""
+        """Does the fastest stop from this state stay within position limits and box?"""
         if self._delta:
             return True
         if not self._calculate_stop(position, rate, change):
@@ -327,4 +361,13 @@ class _Online:
         for i, extremum in enumerate(self._trajectory.position_extrema):
             if extremum.min < self._low[i] - slack[i] or extremum.max > self._high[i] + slack[i]:
                 return False
-        return True
+        return self._box is None or self._stops_inside(self._box)
+
+    def _stops_inside(self, box: ToolBox) -> bool:
+        """Of the stop just calculated, at every set-point of it; outside, it must lead back."""
+        bound = box.outside_m(self._position) + _WALL_M
+        ticks = int(np.ceil(self._trajectory.duration / self._dt)) + 1
+        times = (min(i * self._dt, self._trajectory.duration) for i in range(ticks))
+        return all(
+            box.outside_m(np.array(self._trajectory.at_time(time)[0])) <= bound for time in times
+        )

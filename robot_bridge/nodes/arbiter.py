@@ -49,7 +49,7 @@ class ArbiterNode(CellNode):
 
     def setup(self) -> None:
         contract = self.contract
-        self.core = Arbiter(contract, lockstep=self.lockstep)
+        self.core = Arbiter(contract, lockstep=self.lockstep, folder=self.contract_path.parent)
         action, box = contract.action, contract.safety.workspace
         self._measured = JointReader(action.names) if action.mode == "absolute" else None
         self._tool = JointReader(box.names) if box is not None and box.names else None

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rclpy
@@ -81,6 +82,7 @@ class CellNode(LifecycleNode):
         path = str(self.declare_parameter("contract", "").value or "")
         if not path:
             raise UserError(f"{name}: no contract; pass `--ros-args -p contract:=FILE`")
+        self.contract_path = Path(path)
         self.contract: Contract = load_contract(path)
         self.lockstep = bool(self.contract.sim.get("lockstep", False))
         if self.lockstep:

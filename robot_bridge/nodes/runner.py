@@ -33,7 +33,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from robot_bridge.core.align import Aligned, Aligner
+from robot_bridge.core.align import CLOCK_JUMP_NS, Aligned, Aligner
 from robot_bridge.core.arbiter import POLICY_ERROR, Mode
 from robot_bridge.core.chunking import Question, Rows, Seam, ask
 from robot_bridge.core.events import EventError, EventType, parse_event
@@ -246,8 +246,13 @@ class RunnerNode(CellNode):
     # Inputs
 
     def _on_sample(self, key: str, stamp: int, value: Any) -> None:
+        drives = self.contract.observations[key].topic == "joint_states"
+        if drives and stamp < self._tick_ns - CLOCK_JUMP_NS:
+            self._aligner.clear()
+            self._seam.forget()
+            self._tick_ns = self._asked_ns = -1
         self._aligner.push(key, stamp, value)
-        if stamp > self._tick_ns and self.contract.observations[key].topic == "joint_states":
+        if drives and stamp > self._tick_ns:
             self._tick_ns, self._tick_s = stamp, monotonic_s()
         self._maybe_infer()
 

@@ -25,6 +25,7 @@ from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
+from robot_bridge.core.align import CLOCK_JUMP_NS
 from robot_bridge.core.events import Event, EventError, EventType, EventWriter, parse_event
 from robot_bridge.nodes.common import (
     STEADY,
@@ -71,6 +72,7 @@ class SupervisorNode(Node):
         self._started = False
         self._reset_is_done = False
         self._newest_ns = 0
+        self._watched_ns = 0
         self._mode = ""
         self._version: int | None = None
         self._events = self.create_publisher(String, "events", latched(200))
@@ -269,10 +271,13 @@ class SupervisorNode(Node):
                 self._watch_time()
 
     def _watch_time(self) -> None:
-        episode = self._episode
+        episode, before, now = self._episode, self._watched_ns, self.now_ns()
+        self._watched_ns = now
         if episode is None or not self._started:
             return
-        if self.now_ns() >= episode["limit_ns"]:
+        if now < before - CLOCK_JUMP_NS:
+            self._finish("aborted", reason="the clock jumped back", end_ns=before)
+        elif now >= episode["limit_ns"]:
             self._finish(
                 "failure",
                 reason="time_limit",

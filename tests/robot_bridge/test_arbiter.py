@@ -507,6 +507,11 @@ def test_a_thousand_takeovers_with_faults_never_leave_the_limits(seed):
             rig.chunk(item[2], stamp_ns=item[1])
             run_of[f"policy:3#{rig.chunk_id}"] = item[1]
         rig.robot_speaks = rng.random() < 0.9
+        if rng.random() < 0.02:
+            rig.core.joint_state_unreadable("missing b; found a", rig.mono_s)
+        if rng.random() < 0.05:  # late, out of order, or broken
+            value = rng.choice([0.0, np.nan], 2)
+            rig.core.joint_state(rig.tick_ns - 10**8, value, None, rig.mono_s)
         rig.step()
         if rig.last.label.startswith("policy"):
             assert run_of[rig.last.label] >= last_resume_ns
