@@ -58,6 +58,7 @@ class Cell:
         folder: Path,
         *,
         runner: Mapping[str, Any] | None = None,
+        sim_time: bool = False,
         **config: Any,
     ) -> None:
         self.contract = contract
@@ -80,6 +81,7 @@ class Cell:
         for i, spec in enumerate(specs):
             change = dict(changes.get(spec.name, {}))
             change["parameters"] = dict(spec.parameters) | change.get("parameters", {})
+            change["parameters"]["use_sim_time"] = sim_time
             specs[i] = dataclasses.replace(spec, **change)
         self.group = ProcessGroup(
             specs,
@@ -101,6 +103,8 @@ class Cell:
         self.position = [0.0, 0.5, 0.2, 0.0]  # inside the workspace box
         self.tick = 1
         self.moving = False
+        self.frozen: set[str] = set()
+        """Cameras that are silent."""
         self.episode: str | None = None
         self.before_say: Callable[[], None] = lambda: None
         self.commands: list[tuple[int, list[float]]] = []
@@ -130,11 +134,17 @@ class Cell:
 
     # The robot
 
+    def now_ns(self) -> int:
+        """Of a robot in real time."""
+        return self.node.get_clock().now().nanoseconds
+
     def say(self) -> None:
         self.before_say()
         ns = self.tick * self.contract.dt_ns
         image = np.full((16, 16, 3), self.tick % 256, np.uint8)
-        for publisher, feature in self._cameras.values():
+        for key, (publisher, feature) in self._cameras.items():
+            if key in self.frozen:
+                continue
             every = max(1, round(self.contract.control_hz / feature.rate_hz))
             if self.tick % every == 1 % every:
                 frame = CompressedImage(format="jpeg")

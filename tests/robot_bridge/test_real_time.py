@@ -34,7 +34,7 @@ class LiveArm(Cell):
     def say(self) -> None:
         if self.speaks:
             message = JointState(name=self.names, position=array.array("d", self.position))
-            set_stamp(message.header.stamp, self.node.get_clock().now().nanoseconds)
+            set_stamp(message.header.stamp, self.now_ns())
             self._joints.publish(message)
 
     def _on_command(self, message: JointTrajectory) -> None:

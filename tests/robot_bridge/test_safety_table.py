@@ -106,11 +106,14 @@ def test_the_arbiter_does_what_the_table_says(row):
 
 
 def test_rows_that_are_played_by_processes_name_existing_tests():
-    tree = ast.parse((ROOT / "tests" / "robot_bridge" / "test_nodes.py").read_text())
-    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef)}
+    names: set[str] = set()
+    for file in ("test_nodes.py", "test_faults.py", "test_runner_node.py"):
+        tree = ast.parse((ROOT / "tests" / "robot_bridge" / file).read_text())
+        names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                inner = (f.name for f in node.body if isinstance(f, ast.FunctionDef))
+                names |= {f"{node.name}.{name}" for name in inner}
     rows = [row for row in table() if row[4] != "core"]
     assert rows
     assert {row[4] for row in rows} <= names
