@@ -8,7 +8,7 @@ in the local spool (`spool.py`) until the store answers again.
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -30,6 +30,7 @@ from trajectory_store.errors import (
 from trajectory_store.head import Head, is_store, read_head
 from trajectory_store.layout import create, evolve
 from trajectory_store.lock import WriterLock
+from trajectory_store.reader import Store
 from trajectory_store.repository import (
     create_repository,
     normalise,
@@ -108,6 +109,7 @@ class StoreWriter:
         self._mutex = threading.Condition()
         self._pending: list[Segment] = []
         self._running: RunningEpisode | None = None
+        self._changes: list[tuple[str, Callable[[Episode], Episode]]] = []
         self._busy = self._closed = self._urgent = False
         self._error: StoreError | None = None
         self._crash: BaseException | None = None
@@ -249,6 +251,19 @@ class StoreWriter:
             self._urgent = True
             self._mutex.notify_all()
 
+    def change_episode(self, uuid: str, change: Callable[[Episode], Episode]) -> None:
+        """Rewrites the entry of a finished episode, after everything appended so far.
+
+        For labels that come while this writer holds the store. Never touches the disk: the change
+        follows in the background (`flush` waits), and is dropped with a warning if there is no such
+        episode then.
+        """
+        with self._mutex:
+            self._require_open()
+            self._changes.append((uuid, change))
+            self._urgent = True
+            self._mutex.notify_all()
+
     def write_episode(
         self,
         task: str,
@@ -352,7 +367,7 @@ class StoreWriter:
                 self._cut(self._running)
             self._urgent = True
             self._mutex.notify_all()
-            while self._pending or self._busy:
+            while self._pending or self._busy or self._changes:
                 self._raise_crash()
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -447,14 +462,17 @@ class StoreWriter:
                 if self._running is not None:
                     self._cut(self._running)
                 next_cut = time.monotonic() + self._interval_s
-                batch = list(self._pending)
-                self._busy = bool(batch)
-            if not batch:
+                batch, changes = list(self._pending), list(self._changes)
+                self._busy = bool(batch or changes)
+            if not (batch or changes):
                 continue
             try:
-                self._deliver(batch)
+                if batch:
+                    self._deliver(batch)
+                if changes:
+                    self._change(changes)
             except StoreUnavailable as error:
-                self._keep_for_later(batch, error)
+                self._keep_for_later(list(self._pending), error)
             except BaseException as error:
                 log.exception("%s: the writer's thread stopped", self.location)
                 with self._mutex:
@@ -502,6 +520,29 @@ class StoreWriter:
         self._commits += 1
         if self._commits % _COMMITS_BETWEEN_PRUNING == 0:
             prune_backups(self.location)
+
+    def _change(self, changes: list[tuple[str, Callable[[Episode], Episode]]]) -> None:
+        """Rewrites rows of the episode table; what `relabel` does while nobody else writes."""
+        head = self._head
+        if head is None:
+            head = read_head(self._repository, self.location)
+        table = Store(self.location).table
+        numbers = {episode.uuid: number for number, episode in enumerate(table)}
+        changed: dict[int, Episode] = {}
+        for uuid, change in changes:
+            number = numbers.get(uuid)
+            if number is None or table[number].is_open:
+                log.warning("%s: no finished episode %s to change", self.location, uuid)
+                continue
+            changed[number] = change(changed.get(number, table[number]))
+        if changed:
+            self._head = None  # unknown while the commit is under way
+            self._head = replace_episodes(self._repository, self.location, head, changed, "relabel")
+            self._snapshot_id = self._head.snapshot_id
+        self._error = None
+        with self._mutex:
+            del self._changes[: len(changes)]
+            self._mutex.notify_all()
 
     def _forget(self, done: list[Segment]) -> None:
         self._spool.remove(done)
