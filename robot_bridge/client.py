@@ -11,6 +11,7 @@ context and a thread of its own: properties are snapshots that any thread may re
 """
 
 import json
+import queue
 import threading
 import time
 from collections import deque
@@ -113,6 +114,7 @@ class CellClient:
         self._episode: dict[str, Any] | None = None
         self._listeners: list[Callable[[str, Any], None]] = []
         self._pending: list[_Pending] = []
+        self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._driving: Driving | None = None
         use_default_profile()
@@ -274,13 +276,14 @@ class CellClient:
         task: str | None = None,
         seed: int | None = None,
         operator: str | None = None,
+        instruction: str | None = None,
         timeout_s: float = 5.0,
     ) -> "Future[Reply]":
         """Sends a request of `REQUESTS`; from any thread. The reply always comes, in `timeout_s`.
 
         Args:
-            task, seed, operator: of `start_episode`: parameters of the supervisor, set first. What
-                is not given keeps its last value.
+            task, seed, operator, instruction: of `start_episode`: parameters of the supervisor, set
+                first. What is not given keeps its last value; an empty instruction is the task's.
 
         Raises:
             ValueError: no such request.
@@ -289,7 +292,7 @@ class CellClient:
             raise ValueError(f"no request {name!r}; there are {', '.join(REQUESTS)}")
         service, kind, fields = REQUESTS[name]
         reply: Future[Reply] = Future()
-        given = {"task": task, "seed": seed, "operator": operator}
+        given = {"task": task, "seed": seed, "operator": operator, "instruction": instruction}
         values = {key: value for key, value in given.items() if value is not None}
         deadline = time.monotonic() + timeout_s
 
@@ -389,11 +392,16 @@ class CellClient:
             self._context.try_shutdown()
 
     def _do(self, action: Callable[[], None]) -> None:
-        """Runs it in the client's thread."""
+        """Runs it in the client's thread, after everything that was given before."""
         if threading.current_thread() is self._thread:
             action()
         else:
-            self._executor.create_task(action)
+            # rclpy runs the newest of several waiting tasks first; our own queue keeps the order.
+            self._actions.put(action)
+            self._executor.create_task(self._act)
+
+    def _act(self) -> None:
+        self._actions.get_nowait()()
 
     def _tell(self, kind: str, value: Any) -> None:
         for listener in self._listeners:

@@ -104,6 +104,11 @@ class Driving:
             self._target.publish(target)
         self._publish_joy(tick_ns, hand.deadman)
 
+    def say_now(self) -> None:
+        """In real time: at once instead of at the next period."""
+        if not self._lockstep:
+            self._say()
+
     def _publish_joy(self, tick_ns: int, deadman: bool) -> None:
         joy = Joy(buttons=[int(deadman)])
         set_stamp(joy.header.stamp, tick_ns)

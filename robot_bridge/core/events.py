@@ -27,6 +27,11 @@ class EventType(StrEnum):
     STOP = "stop"
     """An emergency stop or a latched fault: reason."""
     STOP_RESET = "stop_reset"
+    COMMAND = "command"
+    """A person asked for something: name, by, role, device, ok, message."""
+    LABEL = "label"
+    """A recorded episode gets other labels: episode, by, and any of outcome, task, instruction,
+    notes. The recorder writes them."""
     NODE = "node"
     """A node was lost or came back: node, state."""
 
@@ -74,6 +79,37 @@ def parse_event(text: str) -> Event:
     if not (isinstance(seq, int) and isinstance(stamp_ns, int) and isinstance(kind, str)):
         raise EventError(f"an event lacks seq, stamp_ns or type: {text[:80]}")
     return Event(kind, stamp_ns, seq, fields)
+
+
+MAX_NOTE = 8192
+"""Bytes of a note."""
+_NOTES = {
+    EventType.COMMAND: {"name", "by", "role", "device", "ok", "message"},
+    EventType.LABEL: {"episode", "by", "outcome", "task", "instruction", "notes"},
+}
+
+
+def read_note(text: str) -> dict[str, Any]:
+    """A note of an operator's device: its `type` (command or label) and that type's fields.
+
+    Raises:
+        EventError: another type, unknown fields, or values that are neither text nor true or false.
+    """
+    try:
+        data: Any = json.loads(text) if len(text) <= MAX_NOTE else None
+    except ValueError as error:
+        raise EventError(f"a note is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise EventError(f"a note is a JSON object of at most {MAX_NOTE} bytes")
+    fields: dict[str, Any] = {str(k): v for k, v in data.items()}  # pyright: ignore[reportUnknownArgumentType]
+    known = _NOTES.get(fields.get("type", ""))
+    if known is None:
+        raise EventError(f"a note of type {str(fields.get('type'))[:40]!r} is not understood")
+    if not fields.keys() <= known | {"type"} or not all(
+        isinstance(value, str | bool) for value in fields.values()
+    ):
+        raise EventError(f"a {fields['type']} note has the fields {', '.join(sorted(known))}")
+    return fields
 
 
 class EventWriter:

@@ -182,6 +182,21 @@ class RecorderNode(CellNode):
         elif event.type in (EventType.EPISODE_START, EventType.EPISODE_END):
             self._waiting.append((event, info["source_timestamp"] < self._since_ns))
             self._drain()
+        elif event.type == EventType.LABEL and info["source_timestamp"] >= self._since_ns:
+            self._relabel(event)
+
+    def _relabel(self, event: Event) -> None:
+        """An operator corrects a recorded episode; only this process may write the store."""
+        names = ("outcome", "task", "instruction", "notes")
+        changes: dict[str, Any] = {n: event.text(n) for n in names if n in event.fields}
+        try:
+            if "outcome" in changes:
+                changes["outcome"] = Outcome(changes["outcome"])
+            if "task" in changes:
+                self.contract.task(changes["task"])
+            self._writer.change_episode(event.text("episode"), lambda e: e.replace(**changes))
+        except (StoreError, ValueError) as error:
+            self.get_logger().warning(f"label refused: {error}")
 
     # Rows
 

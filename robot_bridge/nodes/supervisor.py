@@ -2,9 +2,10 @@
 
     python -m robot_bridge.nodes.supervisor --ros-args -r __ns:=/CELL -p contract:=FILE
 
-Parameters (settable at run time): `task`, `seed`, `operator` of the next episode; `auto_resume`:
-an episode starts with the policy driving. At start-up: `manage` (bring up `managed_nodes` in order,
-and again when one was restarted), `events_log` (a file that gets every event as one JSON line).
+Parameters (settable at run time): `task`, `seed`, `operator` of the next episode; `instruction`:
+other words than the task's; `auto_resume`: an episode starts with the policy driving. At start-up:
+`manage` (bring up `managed_nodes` in order, and again when one was restarted), `events_log` (a file
+that gets every event as one JSON line). Operators' devices put notes on `operator/notes`.
 """
 
 import json
@@ -26,7 +27,14 @@ from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from robot_bridge.core.align import CLOCK_JUMP_NS
-from robot_bridge.core.events import Event, EventError, EventType, EventWriter, parse_event
+from robot_bridge.core.events import (
+    Event,
+    EventError,
+    EventType,
+    EventWriter,
+    parse_event,
+    read_note,
+)
 from robot_bridge.nodes.common import (
     STEADY,
     UserError,
@@ -57,6 +65,7 @@ class SupervisorNode(Node):
         self.declare_parameter("task", next(iter(self.contract.tasks)))
         self.declare_parameter("seed", 0)
         self.declare_parameter("operator", "")
+        self.declare_parameter("instruction", "")
         self.declare_parameter("auto_resume", False)
         self._manage = bool(self.declare_parameter("manage", False).value)
         names = self.declare_parameter("managed_nodes", ["recorder", "arbiter", "runner"]).value
@@ -81,6 +90,7 @@ class SupervisorNode(Node):
         self.create_subscription(JointState, "joint_states", on_joint_state, reliable(10))
         self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched())
         self.create_subscription(String, "policy/active", self._on_active, latched())
+        self.create_subscription(String, "operator/notes", self._on_note, reliable(50))
         # A service that awaits holds the default group; the answer must come in through another.
         self._forwarding = ReentrantCallbackGroup()
         self._arbiter = {
@@ -183,7 +193,8 @@ class SupervisorNode(Node):
         self._episode = {
             "episode": str(uuid.uuid4()),
             "task": task,
-            "instruction": self.contract.task(task).instruction,
+            "instruction": str(self.get_parameter("instruction").value)
+            or self.contract.task(task).instruction,
             "operator": str(self.get_parameter("operator").value),
             "seed": int(self.get_parameter("seed").value or 0),
         }
@@ -318,6 +329,15 @@ class SupervisorNode(Node):
             self._version = version
             fields = {k: active[k] for k in ("sha256", "step") if k in active}
             self.say(EventType.POLICY_SWITCH, version=version, **fields)
+
+    def _on_note(self, message: String) -> None:
+        """What an operator's device did, for the diary; anything else is not let in."""
+        try:
+            fields = read_note(message.data)
+        except EventError as error:
+            self.get_logger().warning(str(error), throttle_duration_sec=5.0)
+            return
+        self.say(EventType(fields.pop("type")), **fields)
 
     # Requests that the arbiter answers
 

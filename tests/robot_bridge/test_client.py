@@ -107,7 +107,7 @@ def test_it_sees_what_the_cell_does_and_starts_episodes_with_their_parameters(ce
 
     def arbiter():
         health = client.health.get("/client_cell/arbiter")
-        return health is not None and health.values["mode"]
+        return health is not None and health.values.get("mode")
 
     cell.until(lambda: arbiter() == "POLICY", "diagnostics")
     assert set(heard) >= {"state", "joints", "executed", "chunk", "event", "frame", "health"}
@@ -190,3 +190,11 @@ def test_the_actions_joints_are_found_by_name():
     np.testing.assert_equal(measured(contract(), joints), [1.0, 2.0, 3.0, 4.0])
     assert measured(contract(), Joints(1, ("a",), np.zeros(1), np.array([]))) is None
     assert measured(contract(), None) is None
+
+
+def test_what_is_asked_for_in_a_row_is_done_in_that_order(cell, client):
+    done: list[int] = []
+    for number in range(20):
+        client._do(lambda number=number: done.append(number))
+    cell.until(lambda: len(done) == 20, "all of it")
+    assert done == list(range(20))
