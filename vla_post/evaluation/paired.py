@@ -10,9 +10,8 @@ which keeps its coverage near 0 and 1 where the textbook one collapses; the test
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, Self
-
-from scipy.stats import binomtest
 
 
 def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -27,8 +26,13 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
         raise ValueError(f"confidence is {confidence}; expected a share such as 0.95")
     if episodes == 0:
         return 0.0, 1.0
-    interval = binomtest(successes, episodes).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    rate = successes / episodes
+    centre = (rate + z2 / (2 * episodes)) / (1 + z2 / episodes)
+    width = math.sqrt(z2 * rate * (1 - rate) / episodes + (z2 / (2 * episodes)) ** 2)
+    width /= 1 + z2 / episodes
+    low = 0.0 if successes == 0 else max(0.0, centre - width)
+    return low, 1.0 if successes == episodes else min(1.0, centre + width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,8 @@ class PairedResult:
     @property
     def p_value(self) -> float:
         """Two-sided exact McNemar test of "both are equally good"; 1 without discordant pairs."""
+        from scipy.stats import binomtest  # heavy, and a robot computer has none
+
         discordant = self.only_first + self.only_last
         return float(binomtest(self.only_last, discordant).pvalue) if discordant else 1.0
 

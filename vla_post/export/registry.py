@@ -142,25 +142,30 @@ class Registry:
         Raises:
             RegistryError: there is no earlier version.
         """
+        version = self.verify(self.previous() if to is None else to)
+        self._point(version, "rollback", reason, True)
+        return version
+
+    def previous(self) -> int:
+        """The version to which a plain rollback leads.
+
+        Raises:
+            RegistryError: nothing is active, or nothing was before.
+        """
         current = self._pointer()
         if current is None:
             raise RegistryError(f"{self.root}: nothing is active, so there is nothing to roll back")
-        if to is None:
-            earlier = [
-                entry["version"]
-                for entry in self.history()
-                if entry["action"] in ("promote", "rollback")
-                and entry["version"] < current["version"]
-            ]
-            if not earlier:
-                raise RegistryError(
-                    f"{self.root}: {version_name(current['version'])} is the first version that "
-                    "was ever active; name another one to go to"
-                )
-            to = int(earlier[-1])
-        version = self.verify(to)
-        self._point(version, "rollback", reason, True)
-        return version
+        earlier = [
+            int(entry["version"])
+            for entry in self.history()
+            if entry["action"] in ("promote", "rollback") and entry["version"] < current["version"]
+        ]
+        if not earlier:
+            raise RegistryError(
+                f"{self.root}: {version_name(current['version'])} is the first version that "
+                "was ever active; name another one to go to"
+            )
+        return earlier[-1]
 
     def history(self) -> list[dict[str, Any]]:
         """Every publish, promote and rollback, oldest first."""
