@@ -18,6 +18,7 @@ COMMANDS = {
     "up": ("vla_post.cli.up:Up", "run a cell's processes: robot side, operator, learner"),
     "operate": ("vla_post.cli.operate:Operate", "start, label, take over, resume, stop; status"),
     "teleop": ("vla_post.cli.teleop:TeleopCommand", "drive with keyboard, gamepad, SpaceMouse"),
+    "console": ("vla_post.cli.console:Console", "the operator's web page for cells"),
     "train": ("vla_post.cli.train:train_command", "train a policy from stores, by recipe"),
     "eval": ("vla_post.cli.evaluate:Evaluate", "compare two policies on the same seeds"),
     "export": ("vla_post.cli.export:Export", "checkpoint to ONNX, proven equal"),

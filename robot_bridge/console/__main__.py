@@ -1,0 +1,89 @@
+"""The console as a process of a cell, with ROS parameters.
+
+    python -m robot_bridge.console --ros-args -r __ns:=/CELL -p contract:=FILE -p store:=PATH
+
+Parameters: `contract`, `store`, `registry`, `metrics`, `host`, `port`, `allow_remote`,
+`token_file`, `address_file`. The links with their tokens go to `address_file`, never to the log.
+"""
+
+import itertools
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from robot_bridge.bringup import USER_MISTAKE
+
+
+def read_parameters(arguments: list[str]) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Namespace, parameters and remappings, as any node gets them."""
+    import rclpy
+
+    from robot_bridge.dds import use_default_profile
+
+    use_default_profile()
+    context = rclpy.Context()
+    rclpy.init(args=arguments, context=context)
+    try:
+        node = rclpy.create_node(
+            "console",
+            context=context,
+            automatically_declare_parameters_from_overrides=True,
+            start_parameter_services=False,
+            enable_rosout=False,
+        )
+        names: Any = node.list_parameters([], 1).names
+        values = {name: node.get_parameter(name).value for name in names}
+        namespace = node.get_namespace()
+        node.destroy_node()
+    finally:
+        context.try_shutdown()
+    rules = [b for a, b in itertools.pairwise(arguments) if a in ("-r", "--remap")]
+    pairs = [rule.split(":=", 1) for rule in rules if ":=" in rule and not rule.startswith("__")]
+    return namespace, values, {source: target for source, target in pairs}
+
+
+def main(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("robot_bridge.console").setLevel(logging.INFO)
+    try:
+        from robot_bridge.console.server import PORT, CellAddress, ConsoleConfig, Links, serve
+    except ModuleNotFoundError as error:
+        print(
+            f"console: needs the package {error.name!r}; run `pip install 'vla-post[console]'`",
+            file=sys.stderr,
+        )
+        return USER_MISTAKE
+    namespace, values, remappings = read_parameters(arguments)
+
+    def path(name: str) -> Path | None:
+        return Path(str(values[name])).expanduser() if values.get(name) else None
+
+    def ready(links: Links) -> None:
+        where = path("token_file") or "the default token file"
+        print(f"console: {links.address} (tokens in {where})", file=sys.stderr, flush=True)
+
+    contract = path("contract")
+    try:
+        if contract is None:
+            raise ValueError("no contract; pass `--ros-args -p contract:=FILE`")
+        config = ConsoleConfig(
+            cells=(CellAddress(contract=contract, namespace=namespace, remappings=remappings),),
+            store=path("store"),
+            registry=path("registry"),
+            metrics=path("metrics"),
+            host=str(values.get("host") or "127.0.0.1"),
+            port=int(values.get("port", PORT)),
+            allow_remote=bool(values.get("allow_remote", False)),
+            token_file=path("token_file"),
+            address_file=path("address_file"),
+        )
+        serve(config, ready)
+    except (ValueError, OSError) as error:
+        print(f"console: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,240 @@
+"""The learner's progress and the policy versions, for people.
+
+Curves come from `metrics.jsonl` as it grows, success and interventions from the episodes, versions
+from the registry. What a learner does not write is not shown.
+"""
+
+import json
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trajectory_store import Episode, Outcome, Source
+from vla_post.evaluation.paired import wilson_interval
+from vla_post.export.registry import Registry, RegistryError, Version
+
+MAX_POINTS = 400
+"""Of one curve; longer ones are thinned by halves."""
+MAX_CURVES = 60
+LABELLED = (Outcome.SUCCESS, Outcome.FAILURE)
+
+
+class Curves:
+    """Follows a metrics file; keeps each number's curve at a bounded length."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._offset = 0
+        self._lock = threading.Lock()
+        self._curves: dict[str, list[tuple[float, float]]] = {}
+        self._every: dict[str, int] = {}
+        self._count: dict[str, int] = defaultdict(int)
+        self.published: list[dict[str, float]] = []
+        self.last: dict[str, Any] = {}
+        self.changed_s = 0.0
+
+    def look(self) -> None:
+        """Reads what was appended since the last time; a half-written line waits."""
+        if self._path is None:
+            return
+        with self._lock:
+            try:
+                size = self._path.stat().st_size
+                if size < self._offset:  # a new run wrote over the old one
+                    self._offset = 0
+                    self._curves.clear()
+                    self._every.clear()
+                    self._count.clear()
+                    self.published.clear()
+                if size == self._offset:
+                    return
+                with self._path.open("rb") as file:
+                    file.seek(self._offset)
+                    data = file.read(8 << 20)
+                self.changed_s = self._path.stat().st_mtime
+            except OSError:
+                return
+            whole = data[: data.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            for line in whole.splitlines():
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict):
+            return
+        if "published" in row:
+            self.published.append(
+                {k: row[k] for k in ("published", "at_update", "time_s") if k in row}
+            )
+        update = row.get("update")
+        if not isinstance(update, int | float) or "learner" in row:
+            return
+        self.last = row
+        for name, value in row.items():
+            if name in ("update", "time_s", "stamp_s", "version") or isinstance(value, bool):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._add(name, float(update), float(value))
+
+    def _add(self, name: str, update: float, value: float) -> None:
+        if name not in self._curves and len(self._curves) >= MAX_CURVES:
+            return
+        curve = self._curves.setdefault(name, [])
+        every = self._every.setdefault(name, 1)
+        self._count[name] += 1
+        if self._count[name] % every:
+            return
+        curve.append((update, value))
+        if len(curve) > 2 * MAX_POINTS:
+            del curve[::2]
+            self._every[name] = every * 2
+
+    def to_dict(self) -> dict[str, list[list[float]]]:
+        with self._lock:
+            return {
+                name: [[x, _short(y)] for x, y in curve] for name, curve in self._curves.items()
+            }
+
+
+class Learning:
+    """What the learner page shows.
+
+    Args:
+        metrics: a learner's `metrics.jsonl`; None or missing shows no curves.
+        registry: folder of versions; None shows none.
+    """
+
+    def __init__(self, metrics: Path | None, registry: Path | None) -> None:
+        self.curves = Curves(metrics)
+        self.registry = None if registry is None else Registry(registry)
+
+    def progress(self, episodes: Sequence[Episode]) -> dict[str, Any]:
+        """Curves, and what the episodes say by version."""
+        self.curves.look()
+        last = self.curves.last
+        return {
+            "curves": self.curves.to_dict(),
+            "published": self.curves.published[-200:],
+            "last": {k: last[k] for k in ("update", "loss", "version", "waited_s") if k in last},
+            "silent_s": None
+            if not self.curves.changed_s
+            else round(max(0.0, time.time() - self.curves.changed_s), 1),
+            "versions": by_version(episodes),
+            "recent": recent(episodes),
+            "human_minutes": round(sum(_human_s(e) for e in episodes) / 60, 2),
+            "episodes": len(episodes),
+        }
+
+    def versions(self) -> dict[str, Any]:
+        """All versions, newest first, with lineage and metrics."""
+        if self.registry is None:
+            return {"versions": [], "active": None, "pinned": False, "history": []}
+        found: list[Version] = self.registry.versions()
+        active = self.registry.active()
+        return {
+            "versions": [
+                {
+                    "version": v.number,
+                    "parent": v.parent,
+                    "created_s": v.created_ns / 1e9,
+                    "learner_step": v.learner_step,
+                    "metrics": v.metrics,
+                    "contract": v.contract_sha256[:12],
+                    "snapshots": len(v.snapshots),
+                    "files": len(v.files),
+                }
+                for v in reversed(found)
+            ],
+            "active": None if active is None else active.number,
+            "pinned": self.registry.pinned,
+            "history": self.registry.history()[-100:][::-1],
+        }
+
+    def point(self, action: str, number: int | None, *, reason: str, pin: bool) -> int:
+        """Activates a version, or rolls back. Returns the number of the active one.
+
+        Raises:
+            RegistryError: no registry, no such version, or it fails its checks.
+        """
+        if self.registry is None:
+            raise RegistryError("this console has no registry; start it with --registry")
+        if action == "activate":
+            assert number is not None
+            return self.registry.promote(number, reason=reason, pin=pin).number
+        return self.registry.rollback(to=number, reason=reason).number
+
+    def plan(self, action: str, number: int | None) -> dict[str, Any]:
+        """What `point` would do, without doing it; for the page that asks whether one is sure.
+
+        Raises:
+            RegistryError: it would be refused.
+        """
+        if self.registry is None:
+            raise RegistryError("this console has no registry; start it with --registry")
+        active = self.registry.active()
+        if action == "rollback" and number is None:
+            number = self.registry.previous()
+        if number is None:
+            raise RegistryError("name a version")
+        version = self.registry.verify(number)
+        return {
+            "from": None if active is None else active.number,
+            "to": version.number,
+            "pins": action == "rollback",
+            "files": len(version.files),
+            "parent": version.parent,
+            "learner_step": version.learner_step,
+        }
+
+
+def by_version(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    """Success without help, interventions and human time of each policy version."""
+    groups: dict[int, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        if episode.outcome in LABELLED and episode.ticks_by(Source.SCRIPTED) == 0:
+            groups[episode.policy_version].append(episode)
+    return [_group(group) | {"version": number} for number, group in sorted(groups.items())]
+
+
+def recent(episodes: Sequence[Episode], window: int = 20) -> dict[str, Any]:
+    """The same over the newest labelled episodes, whatever their version."""
+    labelled = [e for e in episodes if e.outcome in LABELLED and not e.ticks_by(Source.SCRIPTED)]
+    labelled.sort(key=lambda e: e.created_ns)
+    return _group(labelled[-window:])
+
+
+def _group(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Success counts as the policy's only where nobody took over."""
+    n = len(episodes)
+    alone = sum(e.outcome is Outcome.SUCCESS and e.interventions == 0 for e in episodes)
+    success = sum(e.outcome is Outcome.SUCCESS for e in episodes)
+    low, high = wilson_interval(alone, n)
+    ticks = sum(len(e) for e in episodes)
+    human = sum(e.ticks_by(Source.HUMAN) for e in episodes)
+    return {
+        "episodes": n,
+        "success": success,
+        "success_alone": alone,
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "intervened": sum(e.interventions > 0 for e in episodes),
+        "human_share": round(human / ticks, 4) if ticks else 0.0,
+        "human_minutes": round(sum(_human_s(e) for e in episodes) / 60, 3),
+    }
+
+
+def _human_s(episode: Episode) -> float:
+    steps = len(episode)
+    return episode.duration_s * episode.ticks_by(Source.HUMAN) / steps if steps else 0.0
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

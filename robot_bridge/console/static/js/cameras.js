@@ -1,0 +1,107 @@
+// Pictures: decoded off the page's thread, drawn once a frame, acknowledged when drawn.
+
+import { attribute, fill, h, say } from "./dom.js";
+import { t } from "./strings.js";
+
+const HEADER = 16;
+
+export class Cameras {
+  constructor(link) {
+    this.link = link;
+    this.element = h("div", { class: "cameras" });
+    this.views = [];
+    this.stats = { drawn: 0, ages: [] };
+    this.ready = new Map(); // camera -> {bitmap, seq, sentMs, age}
+    this.decoding = new Set();
+    this.newest = new Map();
+    this.asked = false;
+    link.addEventListener("picture", (event) => this.receive(event.detail));
+    setInterval(() => this.count(), 1000);
+  }
+
+  show(cameras) {
+    this.ready.clear();
+    this.newest.clear();
+    this.decoding.clear();
+    this.views = cameras.map((camera) => {
+      const canvas = h("canvas", { width: camera.width, height: camera.height, role: "img", "aria-label": camera.name });
+      const note = h("span", { class: "note" }, t("camera.wait"));
+      const figure = h("figure", { class: "camera" }, canvas, h("figcaption", {}, h("b", {}, camera.name), note));
+      return { canvas, note, figure, context: null, drawn: 0, age: 0, seen: 0 };
+    });
+    attribute(this.element, "data-count", this.views.length);
+    fill(this.element, this.views.map((view) => view.figure));
+    if (!cameras.length) fill(this.element, h("p", { class: "empty" }, t("cameras.none")));
+  }
+
+  receive(data) {
+    if (data.byteLength <= HEADER) return;
+    const view = new DataView(data);
+    const camera = view.getUint8(0);
+    if (view.getUint8(1) !== 1) return;
+    this.newest.set(camera, {
+      age: view.getUint16(2, true),
+      seq: view.getUint32(4, true),
+      sentMs: view.getFloat64(8, true),
+      data,
+    });
+    this.decode(camera);
+  }
+
+  async decode(camera) {
+    if (this.decoding.has(camera) || !this.newest.has(camera)) return;
+    const picture = this.newest.get(camera);
+    this.newest.delete(camera);
+    this.decoding.add(camera);
+    try {
+      picture.bitmap = await createImageBitmap(new Blob([new Uint8Array(picture.data, HEADER)], { type: "image/jpeg" }));
+      this.ready.get(camera)?.bitmap.close();
+      this.ready.set(camera, picture);
+      if (!this.asked) {
+        this.asked = true;
+        requestAnimationFrame(() => this.draw());
+      }
+    } catch {
+      this.link.send({ type: "drawn", cameras: [camera] }); // a torn picture is skipped
+    } finally {
+      this.decoding.delete(camera);
+      this.decode(camera);
+    }
+  }
+
+  draw() {
+    this.asked = false;
+    const done = [];
+    for (const [camera, picture] of this.ready) {
+      const view = this.views[camera];
+      done.push(camera);
+      if (!view) continue;
+      const { bitmap } = picture;
+      if (view.canvas.width !== bitmap.width || view.canvas.height !== bitmap.height) {
+        view.canvas.width = bitmap.width;
+        view.canvas.height = bitmap.height;
+        view.context = null;
+      }
+      view.context ??= view.canvas.getContext("2d", { alpha: false });
+      view.context.drawImage(bitmap, 0, 0);
+      bitmap.close();
+      view.drawn += 1;
+      view.age = this.link.now() - picture.sentMs + picture.age;
+      view.seen = performance.now();
+      this.stats.drawn += 1;
+      this.stats.ages.push(this.link.now() - picture.sentMs + picture.age);
+      if (this.stats.ages.length > 5000) this.stats.ages.splice(0, 2500);
+    }
+    this.ready.clear();
+    if (done.length) this.link.send({ type: "drawn", cameras: done });
+  }
+
+  count() {
+    for (const view of this.views) {
+      const late = performance.now() - view.seen > 1000;
+      attribute(view.figure, "data-late", late);
+      say(view.note, late ? t("camera.wait") : t("camera.age", { fps: view.drawn, age: Math.round(view.age) }));
+      view.drawn = 0;
+    }
+  }
+}

@@ -1,0 +1,206 @@
+// The learner's curves, what the episodes say about versions, and the versions themselves.
+
+import { chart, colour, prepare } from "./charts.js";
+import { append, button, fill, h, say } from "./dom.js";
+import { api } from "./link.js";
+import { t } from "./strings.js";
+import { span, when } from "./times.js";
+
+export class Learner {
+  constructor(app) {
+    this.app = app;
+    this.cards = h("div", { class: "tiles" });
+    this.loss = h("canvas", { class: "chart", role: "img", "aria-label": t("learner.loss") });
+    this.success = h("canvas", { class: "chart", role: "img", "aria-label": t("learner.success") });
+    this.curves = h("div", { class: "curve-grid" });
+    this.lossNote = h("span", { class: "note" });
+    this.more = h("details", { class: "card" }, h("summary", {}, t("learner.curves")), this.curves);
+    this.more.addEventListener("toggle", () => this.drawCurves());
+    this.versions = h("tbody");
+    this.pinned = h("p", { class: "note" });
+    this.history = h("ol", { class: "events" });
+    this.rollback = button(t("versions.rollback"), () => this.ask("rollback", null), { "data-do": "rollback", class: "warn" });
+    const heads = ["version", "parent", "made", "step", "success", "metrics"];
+    this.element = h("div", { class: "page" },
+      h("div", { class: "page-head" }, h("h1", {}, t("learner.title"))), this.cards,
+      h("div", { class: "halves" },
+        h("section", { class: "card" }, h("div", { class: "card-head" }, h("h2", {}, t("learner.loss")), this.lossNote), this.loss),
+        h("section", { class: "card" }, h("h2", {}, t("learner.success")), this.success)),
+      this.more,
+      h("section", { class: "card table-card" },
+        h("div", { class: "card-head" }, h("h2", {}, t("versions.title")), this.pinned, h("span", { class: "grow" }), this.rollback),
+        h("table", { class: "list" }, h("thead", {}, h("tr", {}, heads.map((name) => h("th", { scope: "col" }, t(`versions.${name}`))), h("th", {}))), this.versions)),
+      h("section", { class: "card" }, h("h2", {}, t("versions.history")), this.history));
+    setInterval(() => this.element.isConnected && !document.hidden && this.load(), 3000);
+  }
+
+  enter() {
+    this.load();
+  }
+
+  async load() {
+    try {
+      [this.progress, this.registry] = await Promise.all([api("/api/learner"), api("/api/versions")]);
+    } catch (error) {
+      if (error.status !== 401) this.app.tell(t("failed", { message: error.message }), "bad");
+      return;
+    }
+    this.showTiles();
+    this.showVersions();
+    this.drawLoss();
+    this.drawSuccess();
+    this.drawCurves();
+  }
+
+  showTiles() {
+    const { progress, registry } = this;
+    const { recent } = progress;
+    const tile = (title, value, text = "", bar = null) => h("section", { class: "tile" }, h("h3", {}, title), h("p", { class: "big" }, value), bar, h("p", { class: "note" }, text));
+    const percent = (x) => `${Math.round(100 * x)} %`;
+    const share = recent.episodes ? recent.success_alone / recent.episodes : 0;
+    const newest = registry.versions[0]?.version;
+    const stale = [...this.app.states.values()].filter((s) => s.policy?.version && newest)
+      .map((s) => [newest - s.policy.version, t("learner.stale.cell", { cell: s.cell, runs: s.policy.version, newest })]);
+    fill(this.cards,
+      tile(t("learner.recent", { n: recent.episodes }), recent.episodes ? percent(share) : "–",
+        recent.episodes ? `${t("learner.recent.text", { alone: recent.success_alone, n: recent.episodes })}. ${t("learner.interval", { low: percent(recent.low), high: percent(recent.high) })}` : t("list.none"),
+        recent.episodes ? interval(share, recent.low, recent.high) : null),
+      tile(t("learner.intervened"), recent.episodes ? percent(recent.intervened / recent.episodes) : "–", recent.episodes ? `${percent(recent.human_share)} ${t("learner.humanshare")}` : ""),
+      tile(t("learner.human"), progress.human_minutes.toFixed(1), t("learner.episodes", { n: progress.episodes })),
+      stale.length ? tile(t("learner.stale"), String(Math.max(...stale.map(([n]) => n))), stale.map(([, text]) => text).join("; ")) : null);
+  }
+
+  drawLoss() {
+    const { progress } = this;
+    const points = progress.curves.loss ?? [];
+    const last = progress.last;
+    say(this.lossNote, !points.length ? t("learner.none") : [t("learner.update", { n: last.update }), progress.silent_s > 5 ? t("learner.silent", { time: span(progress.silent_s) }) : ""].filter(Boolean).join(", "));
+    chart(this.loss, { series: [{ points, colour: colour("accent") }], marks: progress.published.map((p) => ({ x: p.at_update })), zero: true });
+  }
+
+  drawCurves() {
+    if (!this.more.open || !this.progress) return;
+    const names = Object.keys(this.progress.curves).filter((name) => name !== "loss");
+    if (this.curveNames !== names.join()) {
+      this.curveNames = names.join();
+      this.curveCanvases = names.map((name) => h("canvas", { class: "trace", role: "img", "aria-label": name }));
+      fill(this.curves, names.map((name, i) => h("div", { class: "plot" }, h("div", { class: "plot-head" }, name), this.curveCanvases[i])));
+    }
+    names.forEach((name, i) => chart(this.curveCanvases[i], { series: [{ points: this.progress.curves[name], colour: colour("accent") }] }));
+  }
+
+  drawSuccess() {
+    const { versions } = this.progress;
+    const { context, width, height } = prepare(this.success);
+    const left = 40, bottom = 34, top = 8;
+    const y = (share) => top + (1 - share) * (height - top - bottom);
+    context.font = `11px ${colour("font")}`;
+    for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+      context.strokeStyle = colour("line");
+      context.beginPath();
+      context.moveTo(left, Math.round(y(share)) + 0.5);
+      context.lineTo(width - 6, Math.round(y(share)) + 0.5);
+      context.stroke();
+      context.fillStyle = colour("muted");
+      context.textAlign = "right";
+      context.textBaseline = "middle";
+      context.fillText(`${share * 100} %`, left - 6, y(share));
+    }
+    const step = (width - left - 6) / Math.max(1, versions.length);
+    versions.forEach((version, i) => {
+      const x = left + (i + 0.5) * step;
+      const share = version.success_alone / version.episodes;
+      context.strokeStyle = context.fillStyle = colour("good");
+      context.lineWidth = 2;
+      context.beginPath();
+      context.moveTo(x, y(version.low));
+      context.lineTo(x, y(version.high));
+      context.stroke();
+      context.beginPath();
+      context.arc(x, y(share), 4.5, 0, 7);
+      context.fill();
+      if (step > 26 || i % Math.ceil(30 / step) === 0) {
+        context.fillStyle = colour("muted");
+        context.textAlign = "center";
+        context.textBaseline = "alphabetic";
+        context.fillText(version.version ? `v${version.version}` : "–", x, height - 18);
+        context.fillText(`${version.success_alone}/${version.episodes}`, x, height - 5);
+      }
+    });
+  }
+
+  showVersions() {
+    const { registry, progress } = this;
+    const may = this.app.session.role === "operator";
+    this.rollback.disabled = !may || registry.active === null;
+    this.rollback.hidden = !this.app.has.registry;
+    say(this.pinned, registry.pinned ? t("versions.pinned") : "");
+    if (!registry.versions.length) {
+      fill(this.versions, h("tr", {}, h("td", { colspan: 7, class: "empty" }, t("versions.none"))));
+    } else {
+      const found = new Map(progress.versions.map((v) => [v.version, v]));
+      fill(this.versions, registry.versions.map((v) => {
+        const active = v.version === registry.active;
+        const played = found.get(v.version);
+        return h("tr", { "data-version": v.version, "aria-current": active ? "true" : null },
+          h("td", {}, h("b", {}, `v${v.version}`), active ? h("span", { class: "badge" }, t("versions.active")) : null),
+          h("td", {}, v.parent ? `v${v.parent}` : "–"), h("td", {}, when(v.created_s)), h("td", { class: "number" }, String(v.learner_step)),
+          h("td", {}, played ? `${played.success_alone}/${played.episodes}` : "–"),
+          h("td", { class: "remarks" }, metrics(v.metrics)),
+          h("td", {}, active ? null : button(t("versions.activate"), () => this.ask("activate", v.version), { disabled: !may, "data-do": `activate-${v.version}` })));
+      }));
+    }
+    fill(this.history, registry.history.slice(0, 30).map((entry) => h("li", {}, h("time", {}, when(entry.stamp_ns / 1e9)), ` ${entry.action} v${entry.version} ${entry.reason}`)));
+  }
+
+  // Says what will happen, then asks.
+  async ask(action, version) {
+    const query = new URLSearchParams({ action });
+    if (version !== null) query.set("version", version);
+    let plan;
+    try {
+      plan = await api(`/api/versions/plan?${query}`);
+    } catch (error) {
+      this.app.tell(t("refused", { message: error.message }), "bad");
+      return;
+    }
+    const pin = h("input", { type: "checkbox", checked: true, "data-do": "pin" });
+    const reason = h("input", { type: "text", maxlength: 150, "data-do": "reason" });
+    const follow = h("li", {});
+    const showPin = () => say(follow, t(plan.pins || pin.checked ? "plan.pin" : "plan.follow"));
+    pin.addEventListener("change", showPin);
+    showPin();
+    const close = () => dialog.close();
+    const dialog = h("dialog", { "aria-labelledby": "plan-title", onclose: () => dialog.remove() },
+      h("h2", { id: "plan-title" }, t(`plan.${action}`, plan)),
+      h("ul", { class: "plan-list" },
+        h("li", {}, plan.from === null ? t("plan.nothing") : t("plan.now", plan)), h("li", {}, t("plan.checked", plan)),
+        plan.cells.map((cell) => h("li", {}, t(cell.swap === "chunk" ? "plan.cell.chunk" : cell.in_episode ? "plan.cell.episode" : "plan.cell.idle", cell))),
+        h("li", {}, t("plan.again")), follow),
+      plan.pins ? null : h("label", { class: "check" }, pin, t("plan.pinbox")),
+      h("label", {}, t("plan.reason"), reason),
+      h("div", { class: "row end" }, button(t("plan.cancel"), close, { "data-do": "plan-no" }),
+        button(t("plan.do"), async () => {
+          close();
+          const args = { version: plan.to, reason: reason.value };
+          if (action === "activate") args.pin = pin.checked;
+          const reply = await this.app.command(action, args);
+          if (reply.ok) this.app.tell(t("plan.done", reply), "good");
+          this.load();
+        }, { class: "primary", "data-do": "plan-yes" })));
+    append(document.body, [dialog]);
+    dialog.showModal();
+  }
+}
+
+function metrics(values) {
+  return Object.entries(values).map(([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(4)) : value}`).join(", ");
+}
+
+function interval(share, low, high) {
+  const bar = h("div", { class: "interval", "aria-hidden": "true" }, h("span", { class: "span" }), h("span", { class: "point" }));
+  bar.firstChild.style.left = `${low * 100}%`;
+  bar.firstChild.style.width = `${(high - low) * 100}%`;
+  bar.lastChild.style.left = `${share * 100}%`;
+  return bar;
+}

@@ -1,0 +1,35 @@
+"""One testbed for all tests of the console: two real cells and the real server."""
+
+import pytest
+
+pytest.importorskip("rclpy")
+pytest.importorskip("starlette")
+
+from .testbed import CHROMIUM_FLAGS, Testbed, arm, chromium, stepping
+
+
+@pytest.fixture(scope="session")
+def testbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("console")
+    with Testbed(folder, [arm(), stepping()]) as running:
+        yield running
+
+
+@pytest.fixture
+def site(testbed):
+    """The testbed, quiet: no episode, no stop, nobody's lease."""
+    yield testbed
+    testbed.poll()
+    testbed.quiet()
+
+
+@pytest.fixture(scope="session")
+def chrome():
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium: `apt-get install -y chromium` (scripts/bootstrap does, as root)")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()

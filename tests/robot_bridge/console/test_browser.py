@@ -1,0 +1,423 @@
+"""An operator in a real browser (headless Chromium) at real cells."""
+
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rclpy")
+pytest.importorskip("playwright")
+
+from .testbed import DEADLINE_S, until
+
+pytestmark = [pytest.mark.ros, pytest.mark.xdist_group("console"), pytest.mark.timeout(600)]
+CELL = "franka_sim"
+STATE = "() => window.vlaConsole.live.state"
+MEASURED = "() => window.vlaConsole.live.plan.rows.at(-1).measured"
+
+
+class Operator:
+    """A person at a page."""
+
+    def __init__(self, page, link) -> None:
+        self.page, self.errors = page, []
+        page.set_default_timeout(DEADLINE_S * 1e3)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(link)
+
+    def ready(self, cell=CELL):
+        self.page.wait_for_selector(".banner[data-mode]:not([data-mode=OFF])")
+        if self.page.evaluate("() => window.vlaConsole.cell.cell") != cell:
+            self.page.select_option("[data-do=cell]", cell)
+        self.page.wait_for_function(
+            "(cell) => window.vlaConsole.live.state?.cell === cell"
+            " && window.vlaConsole.live.state.online"
+            " && (window.vlaConsole.cell.lockstep || window.vlaConsole.live.plan.rows.length)",
+            arg=cell,
+        )
+        return self
+
+    def take(self):
+        self.do("lease")
+        self.page.wait_for_function("() => window.vlaConsole.mine")
+        return self
+
+    def do(self, name):
+        self.page.click(f"[data-do={name}]:enabled")
+
+    def mode(self, mode) -> None:
+        self.page.wait_for_selector(f".banner[data-mode={mode}]")
+
+    def state(self):
+        return self.page.evaluate(STATE)
+
+    def joint(self, index=0) -> float:
+        return self.page.evaluate(MEASURED)[index]
+
+    def start(self, policy=True):
+        self.do("start")
+        self.page.wait_for_function(
+            "() => window.vlaConsole.live.state.episode?.running && window.vlaConsole.mine"
+        )
+        if policy:
+            self.page.evaluate("() => document.activeElement.blur()")
+            self.page.keyboard.press("p")
+            self.mode("POLICY")
+        return self
+
+    def hold(self) -> None:
+        """Holds Space until the arbiter gave control."""
+        self.page.evaluate("() => document.activeElement.blur()")
+        self.page.keyboard.down("Space")
+        self.mode("HUMAN")
+
+
+@pytest.fixture
+def person(site, chrome):
+    """Makes operators; no page may have thrown anything."""
+    opened, people = [], []
+
+    def make(link=None, **options):
+        context = chrome.new_context(viewport={"width": 1440, "height": 900}, **options)
+        opened.append(context)
+        people.append(Operator(context.new_page(), link or site.operator_link))
+        return people[-1]
+
+    yield make
+    for context in opened:
+        context.close()
+    assert [error for someone in people for error in someone.errors] == []
+
+
+def test_take_over_jog_blur_and_release(person):
+    ann = person().ready().take().start()
+    ann.page.wait_for_selector("canvas[data-chunk]:not([data-chunk='0'])", state="attached")
+    before = ann.joint()
+    ann.hold()
+    ann.page.keyboard.down("q")
+    ann.page.wait_for_function(
+        "([from]) => window.vlaConsole.live.plan.rows.at(-1).measured[0] > from + 0.1",
+        arg=[before],
+    )
+    assert ann.page.text_content(".clutch").startswith("Clutch closed")
+    assert ann.page.get_attribute("[data-do=hold]", "aria-pressed") == ""
+    # The window loses focus with both keys still down.
+    ann.page.evaluate("() => window.dispatchEvent(new Event('blur'))")
+    ann.mode("HOLD")
+    assert "deadman" in ann.state()["reason"]
+    stopped = ann.joint()
+    ann.page.keyboard.down("Space")  # an old press that repeats
+    assert ann.page.evaluate("() => window.vlaConsole.driver.held") is False
+    ann.page.wait_for_timeout(300)
+    assert ann.joint() == pytest.approx(stopped, abs=0.02)
+    ann.page.keyboard.up("Space")
+    ann.page.keyboard.up("q")
+    ann.hold()
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+    # Never straight back to the policy: that takes a word.
+    assert ann.state()["mode"] == "HOLD"
+    ann.page.click("[data-do=resume]")
+    ann.mode("POLICY")
+    assert ann.page.evaluate("() => window.vlaConsole.live.cameras.stats.drawn") > 0
+    ann.do("cancel")
+
+
+def test_jog_on_the_pad_and_stop_with_one_key_wherever_one_is(person, site):
+    ann = person().ready().take().start(policy=False)
+    before = ann.joint(1)
+    ann.page.locator("[data-axis='+joint2']").scroll_into_view_if_needed()
+    box = ann.page.locator("[data-axis='+joint2']").bounding_box()
+    ann.page.mouse.move(box["x"] + 10, box["y"] + 10)
+    ann.page.mouse.down()
+    ann.mode("HUMAN")
+    ann.page.wait_for_function(
+        "([from]) => window.vlaConsole.live.plan.rows.at(-1).measured[1] > from + 0.05",
+        arg=[before],
+    )
+    ann.page.mouse.up()
+    ann.mode("HOLD")
+    vic = person(site.viewer_link).ready()
+    assert vic.page.is_disabled("[data-do=hold]")
+    assert vic.page.is_disabled("[data-do=lease]")
+    vic.page.click("[data-page=keys]")
+    vic.page.keyboard.press("Escape")
+    ann.mode("FAULT")
+    assert "emergency stop" in ann.page.text_content(".mode-reason")
+    ann.do("reset_stop")
+    ann.mode("HOLD")
+    ann.do("cancel")
+
+
+def test_label_relabel_undo_and_notes_while_the_recorder_records(person, site):
+    ann = person().ready().take().start()
+    ann.hold()
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+    uuid = ann.state()["episode"]["uuid"]
+    ann.page.keyboard.press("1")
+    ann.page.wait_for_function("() => !window.vlaConsole.live.state.episode")
+    with site.client() as client:
+
+        def stored():
+            answer = client.get(f"/api/episodes/{uuid}")
+            return answer.status_code == 200 and answer.json()
+
+        episode = until(stored, "the stored episode")
+        assert episode["outcome"] == "success"
+        assert episode["interventions"] == 1
+        assert episode["cameras"] == ["observation.images.front"]
+        ann.page.click("[data-page=episodes]")
+        row = ann.page.locator(f"tr[data-uuid='{uuid}']")
+        until(lambda: row.count() or ann.page.evaluate(
+            "() => window.vlaConsole.pages.episodes.load()"), "its row")  # fmt: skip
+        row.click()
+        ann.page.wait_for_function("() => document.querySelector('.replay')?.naturalWidth === 128")
+        assert ann.page.locator(".thumb img").count() == 12
+        ann.do("label-failure")
+        ann.page.wait_for_selector(".detail .outcome[data-outcome=failure]")
+        assert client.get(f"/api/episodes/{uuid}").json()["outcome"] == "failure"
+        ann.page.click("[data-do=undo]")
+        ann.page.wait_for_selector(".detail .outcome[data-outcome=success]")
+        assert client.get(f"/api/episodes/{uuid}").json()["outcome"] == "success"
+        ann.page.fill("[data-do=notes]", "<b>wiggled</b>")
+        ann.do("save-notes")
+        until(lambda: client.get(f"/api/episodes/{uuid}").json()["notes"] == "<b>wiggled</b>",
+              "the notes")  # fmt: skip
+        ann.page.wait_for_selector("td.remarks:has-text('<b>wiggled</b>')")
+        assert ann.page.locator("td.remarks b").count() == 0
+
+
+def test_roll_back_says_what_will_happen_and_the_robot_follows(person, site):
+    ann = person().ready()
+    ann.page.click("[data-page=learner]")
+    ann.page.wait_for_selector("tr[data-version='3'][aria-current=true]")
+    ann.do("rollback")
+    text = ann.page.text_content("dialog")
+    assert "Roll back to v2" in text
+    assert "v3 is active now" in text
+    assert f"{CELL} changes before its next episode" in text
+    assert "stays active" in text
+    ann.do("plan-no")
+    assert site.registry.active().number == 3
+    ann.do("rollback")
+    ann.page.fill("[data-do=reason]", "v3 drops the cube")
+    ann.do("plan-yes")
+    ann.page.wait_for_selector("tr[data-version='2'][aria-current=true]")
+    assert site.registry.active().number == 2
+    assert site.registry.pinned
+    assert site.registry.history()[-1]["reason"].endswith("v3 drops the cube")
+    ann.page.click("[data-page=live]")
+    ann.page.wait_for_function("() => window.vlaConsole.live.state.policy.version === 2")
+    ann.page.click("[data-page=learner]")
+    ann.do("activate-3")
+    ann.page.uncheck("[data-do=pin]")
+    assert "become active by themselves" in ann.page.text_content("dialog")
+    ann.do("plan-yes")
+    ann.page.wait_for_selector("tr[data-version='3'][aria-current=true]")
+    assert not site.registry.pinned
+
+
+def test_two_browsers_contend_for_one_cell(person):
+    ann, bob = person(), person()
+    ann.ready().take()
+    bob.ready()
+    bob.page.wait_for_selector(".lease-text:has-text('operates this cell')")
+    assert bob.page.is_disabled("[data-do=hold]")
+    bob.do("lease")
+    bob.page.wait_for_selector(".message.bad:has-text('is this cell')")
+    ann.page.wait_for_selector(".lease-text:has-text('would like to have this cell')")
+    ann.hold()
+    bob.page.keyboard.down("Space")
+    bob.page.wait_for_timeout(100)
+    assert bob.page.evaluate("() => window.vlaConsole.driver.held") is False
+    bob.page.keyboard.up("Space")
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+    ann.do("lease")
+    bob.page.wait_for_selector(".lease-text:has-text('Nobody operates')")
+    bob.take().hold()
+    bob.page.keyboard.up("Space")
+    bob.mode("HOLD")
+
+
+def test_a_page_that_freezes_while_driving_loses_control(person):
+    ann = person().ready().take()
+    bob = person().ready()
+    ann.hold()
+    ann.page.evaluate(
+        "() => setTimeout(() => { const end = Date.now() + 2000; while (Date.now() < end); }, 0)"
+    )
+    bob.mode("HOLD")  # seen while the page of the driver stands still
+    ann.page.wait_for_function("() => window.vlaConsole.live.state.mode === 'HOLD'")
+    assert ann.page.evaluate("() => window.vlaConsole.driver.held") is False
+    ann.page.keyboard.up("Space")
+    ann.hold()
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+
+
+class Wire:
+    """A network between browser and server that can be cut without saying goodbye."""
+
+    def __init__(self, port: int) -> None:
+        self.listener = socket.create_server(("127.0.0.2", port))
+        self.port, self.cut, self.pairs = port, threading.Event(), []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.cut.is_set():
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self.port))
+            self.pairs += [near, far]
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+
+    def _copy(self, source, target) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if self.cut.is_set():
+                    return
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.listener.close()
+        for end in self.pairs:
+            end.close()
+
+
+def test_a_cut_network_stops_the_robot_and_the_page_says_so(person, site):
+    wire = Wire(site.port)
+    try:
+        link = site.operator_link.replace("127.0.0.1", "127.0.0.2")
+        ann, bob = person(link), person().ready()
+        ann.ready().take().hold()
+        wire.cut.set()
+        bob.mode("HOLD")
+        for end in wire.pairs:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        ann.mode("OFF")
+        ann.page.wait_for_selector(".link:not([data-on]):has-text('No connection')")
+        assert ann.page.evaluate("() => window.vlaConsole.driver.held") is False
+        wire.cut.clear()
+        ann.page.keyboard.up("Space")
+        ann.ready()  # comes back by itself
+    finally:
+        wire.close()
+
+
+def test_a_wrong_token_is_told_in_words_and_the_right_one_leaves_no_trace(person, site):
+    ann = person(f"{site.address}/#token=wrong")
+    ann.page.wait_for_selector(".error:has-text('not a token of this console')")
+    ann.page.fill("input[name=token]", site.token())
+    ann.page.fill("input[name=name]", "Ann")
+    ann.page.click("button[type=submit]")
+    ann.ready()
+    assert "Ann" in ann.page.text_content(".who-am-i")
+    other = person().ready()
+    assert "token" not in other.page.url
+    kept = other.page.evaluate("() => JSON.stringify(localStorage) + document.cookie")
+    assert site.token() not in kept
+    other.do("logout")
+    other.page.wait_for_selector("input[name=token]")
+
+
+def test_the_fleet_page_leads_to_a_lockstep_cell_that_is_driven_in_its_real_time(person, site):
+    ann = person().ready()
+    ann.page.click("[data-page=fleet]")
+    ann.page.click("[data-do=attend-sawyer_state]:enabled")
+    ann.page.wait_for_function("() => window.vlaConsole.mine && location.hash === '#live'")
+    ann.ready("sawyer_state").start(policy=False)
+    ann.page.wait_for_function("() => window.vlaConsole.live.plan.rows.length")
+    before = ann.page.evaluate("() => window.vlaConsole.live.plan.rows.at(-1).joints.ee_x")
+    ann.hold()
+    ann.page.keyboard.down("ArrowUp")
+    ann.page.wait_for_function(
+        "([from]) => Math.abs(window.vlaConsole.live.plan.rows.at(-1).joints.ee_x - from) > 0.02",
+        arg=[before],
+    )
+    ann.page.keyboard.up("ArrowUp")
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+    ann.do("cancel")
+    ann.page.wait_for_function("() => !window.vlaConsole.live.state.episode")
+
+
+def test_keys_are_shown_remapped_and_change_places(person):
+    ann = person().ready().take()
+    ann.page.click("[data-page=keys]")
+    ann.page.click("[data-key='hold']")
+    ann.page.keyboard.press("q")
+    assert ann.page.text_content("[data-key='hold']") == "Q"
+    assert ann.page.text_content("[data-key='+joint1']") == "Space"
+    ann.page.click("[data-page=live]")
+    assert "Q" in ann.page.text_content("[data-do=hold] kbd")
+    ann.page.evaluate("() => document.activeElement.blur()")
+    ann.page.keyboard.down("q")
+    ann.mode("HUMAN")
+    ann.page.keyboard.up("q")
+    ann.mode("HOLD")
+    ann.page.click("[data-page=keys]")
+    ann.page.click("[data-do=keys-reset]")
+    assert ann.page.text_content("[data-key='hold']") == "Space"
+
+
+def test_every_control_has_a_name_and_the_mode_is_said(person):
+    ann = person().ready().take()
+    for page in ("live", "episodes", "learner", "fleet", "keys"):
+        ann.page.click(f"[data-page={page}]")
+        ann.page.wait_for_timeout(200)
+        nameless = ann.page.evaluate(
+            """() => [...document.querySelectorAll('button, select, input, textarea, canvas')]
+                .filter((e) => e.offsetParent !== null && !(e.getAttribute('aria-label')
+                    || e.textContent.trim() || e.labels?.length || e.title))
+                .map((e) => e.outerHTML)"""
+        )
+        assert nameless == [], page
+    ann.page.click("[data-page=live]")
+    assert ann.page.text_content("[aria-live=assertive]").startswith("HOLD.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pictures_of_every_page(person, tmp_path, scheme):
+    """Look at them: VLA_POST_SCREENSHOTS=docs/images keeps them there."""
+    folder = Path(os.environ.get("VLA_POST_SCREENSHOTS") or tmp_path)
+    ann = person(color_scheme=scheme).ready().take().start()
+    ann.page.wait_for_function("() => window.vlaConsole.live.plan.rows.length > 60")
+    ann.hold()
+    ann.page.keyboard.down("q")
+    ann.page.wait_for_timeout(700)
+    ann.page.screenshot(path=folder / f"console_live_{scheme}.png")
+    ann.page.keyboard.up("q")
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+    ann.page.keyboard.press("1")
+    ann.page.wait_for_function("() => !window.vlaConsole.live.state.episode")
+    for page in ("episodes", "learner", "fleet", "keys"):
+        ann.page.click(f"[data-page={page}]")
+        if page == "episodes":
+            until(lambda: ann.page.locator("tr[data-uuid]").count() or ann.page.evaluate(
+                "() => window.vlaConsole.pages.episodes.load()"), "an episode")  # fmt: skip
+            ann.page.click("tr[data-uuid] >> nth=0")
+            ann.page.wait_for_function("() => document.querySelector('.replay')?.naturalWidth")
+        elif page == "learner":
+            ann.page.wait_for_selector("tr[data-version]")
+        ann.page.screenshot(path=folder / f"console_{page}_{scheme}.png")
+    colours = ann.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert colours == {"light": "rgb(243, 244, 246)", "dark": "rgb(15, 19, 24)"}[scheme]
+    ann.page.set_viewport_size({"width": 820, "height": 1180})
+    ann.page.click("[data-page=live]")
+    wide = ann.page.evaluate("() => document.documentElement.scrollWidth")
+    assert wide <= 820
+    ann.page.screenshot(path=folder / f"console_tablet_{scheme}.png")

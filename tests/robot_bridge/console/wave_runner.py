@@ -1,0 +1,41 @@
+"""The real runner node with a policy that sways: its chunks move, and its versions differ."""
+
+import sys
+
+import numpy as np
+
+from robot_bridge.nodes.common import run
+from robot_bridge.nodes.runner import RunnerNode
+
+
+class SwayingPolicy:
+    """Stands in for a network: small sines around where the robot is."""
+
+    def __init__(self, contract) -> None:
+        self.contract_sha256 = contract.sha256
+        self.observation_keys = ("observation.state",)
+        self.horizon = contract.chunk_horizon
+        self._contract, self._calls = contract, 0
+
+    def act(self, observation, instruction, seed=0):
+        self._calls += 1
+        contract = self._contract
+        time_s = np.arange(self.horizon) / contract.control_hz + 0.2 * self._calls
+        sway = np.sin(1.5 * time_s)[:, None] * np.ones(contract.action.size)
+        if contract.action.mode == "delta":
+            return (0.3 * sway).astype(np.float32)
+        state = np.asarray(observation["observation.state"], np.float32)
+        low, high = np.array(contract.action.limits.position, np.float32).T
+        return np.clip(state + 0.02 * sway, low, high).astype(np.float32)
+
+    def close(self):
+        pass
+
+
+class SwayingRunner(RunnerNode):
+    def load(self, path):
+        return SwayingPolicy(self.contract)
+
+
+if __name__ == "__main__":
+    sys.exit(run(SwayingRunner, sys.argv))
