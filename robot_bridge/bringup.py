@@ -41,6 +41,8 @@ class CellConfig:
     policy: Path | None = None
     """A fixed checkpoint folder instead of a registry. Neither: no runner (teleoperation only)."""
     backend: Literal["torch", "onnx"] = "torch"
+    server: str = ""
+    """URL of a policy server, instead of a registry or a policy."""
     shadow: str = ""
     """A candidate beside the active policy that moves nothing: a folder, a version of the registry,
     or `newest`. Its comparison is on `policy/shadow`."""
@@ -144,20 +146,19 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
             },
         )
     )
-    if config.registry is not None or config.policy is not None:
+    if config.registry is not None or config.policy is not None or config.server:
         managed.append("runner")
-        source = (
-            {"registry": str(config.registry.resolve())}
-            if config.registry is not None
-            else {"policy": str((config.policy or Path()).resolve())}
-        )
+        source = {"backend": "remote", "policy": config.server}
+        if config.registry is not None:
+            source = {"backend": config.backend, "registry": str(config.registry.resolve())}
+        elif config.policy is not None:
+            source = {"backend": config.backend, "policy": str(config.policy.resolve())}
         nodes.append(
             spec(
                 "runner",
                 "robot_bridge.nodes.runner",
                 source
                 | {
-                    "backend": config.backend,
                     "infer_while_human": config.infer_while_human,
                     "shadow": config.shadow,
                     "shadow_log": str(config.shadow_log.resolve()) if config.shadow_log else "",

@@ -3,7 +3,8 @@
     python -m robot_bridge.nodes.runner --ros-args -r __ns:=/CELL -p contract:=FILE -p registry:=DIR
 
 Parameters: `registry` (folder; its active version is adopted between episodes after its checks) or
-`policy` (a checkpoint folder), `backend` (torch or onnx), `infer_while_human`, `max_jump` (see
+`policy` (a checkpoint folder, or ws://HOST:PORT of a server), `backend` (torch, onnx or remote; the
+token of a server is the environment's VLA_POST_TOKEN), `infer_while_human`, `max_jump` (see
 `vla_post.export.require_fit`; 0 switches that check off), `chunking` (how a chunk joins the running
 one: `rtc`, `blend`, `off`, or `auto`: off in lockstep, else rtc where the policy can, else blend),
 `rtc_form`, `shadow` (a candidate beside the active policy: a folder, a version, or `newest`),
@@ -92,7 +93,7 @@ class RunnerNode(CellNode):
         self._task = text("task", next(iter(self.contract.tasks)))
         chunking = text("chunking", "auto")
         for name, value, known in (
-            ("backend", self._backend, ("torch", "onnx")),
+            ("backend", self._backend, ("torch", "onnx", "remote")),
             ("rtc_form", self._rtc_form, FORMS),
             ("chunking", chunking, CHUNKING),
         ):
@@ -116,11 +117,13 @@ class RunnerNode(CellNode):
 
     # Loading
 
-    def load(self, path: Path) -> "ChunkPolicy":
+    def load(self, path: Path | str) -> "ChunkPolicy":
         """A policy for this cell. Raises what `load_policy` raises."""
         from vla_post.export import load_policy
 
-        backend = cast(Literal["torch", "onnx"], self._backend)
+        # With `remote` a server's URL and a candidate's folder are told apart by their looks.
+        named = "auto" if self._backend == "remote" else self._backend
+        backend = cast(Literal["auto", "torch", "onnx"], named)
         form = cast(Literal["identity", "jacobian"], self._rtc_form)
         return load_policy(path, backend=backend, rtc_form=form)
 
@@ -233,6 +236,8 @@ class RunnerNode(CellNode):
             "errors": self._errors,
             "delay_ticks": self._seam.delay,
         } | self.latency.summary_ms()
+        # A policy on another machine says how much of that was the wire.
+        values |= getattr(self._loaded.policy, "wire_ms", {})
         if self._shadow is not None:
             values["shadow_version"] = self._shadow.version
             values |= {f"shadow_{k}": v for k, v in self._shadow.record.summary().items()}

@@ -38,7 +38,7 @@ class Versions:
     def __init__(
         self,
         contract: Contract,
-        load: Callable[[Path], "ChunkPolicy"],
+        load: Callable[[Path | str], "ChunkPolicy"],
         *,
         registry: str = "",
         policy: str = "",
@@ -48,12 +48,18 @@ class Versions:
             raise UserError(
                 "runner: pass exactly one of `-p registry:=FOLDER` and `-p policy:=CHECKPOINT`"
             )
+        if backend == "remote" and registry:
+            raise UserError(
+                "runner: backend remote asks a server; pass `-p policy:=ws://HOST:PORT`"
+            )
         self.contract = contract
         self.registry = Registry(registry) if registry else None
         self._load, self._policy, self._backend = load, policy, backend
 
     def first(self) -> Loaded:
         """The policy to begin with."""
+        if self._backend == "remote":
+            return self._checked(self._load(self._policy), FIXED, {"path": self._policy})
         if self.registry is None:
             return self.folder(Path(self._policy))
         active = self.registry.active()

@@ -59,6 +59,7 @@ class Cell:
         *,
         runner: Mapping[str, Any] | None = None,
         sim_time: bool = False,
+        runner_module: str = "fake_runner",
         **config: Any,
     ) -> None:
         self.contract = contract
@@ -75,7 +76,7 @@ class Cell:
             )
         )
         changes = {
-            "runner": {"module": "fake_runner", "parameters": dict(runner or {})},
+            "runner": {"module": runner_module, "parameters": dict(runner or {})},
             "arbiter": {"parameters": {"lockstep_wait_s": 2.0, "stamp_commands": True}},
         }
         for i, spec in enumerate(specs):

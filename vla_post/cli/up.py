@@ -32,6 +32,8 @@ class Up:
     store: Path | None = None
     """Record into this trajectory store; nothing is recorded without it."""
     backend: Literal["torch", "onnx"] = "torch"
+    server: str = ""
+    """Ask this policy server (`vla-post serve`): ws://HOST:PORT, or wss:// with TLS."""
     shadow: str = ""
     """A candidate beside the policy that moves nothing: a folder, a version, or `newest`."""
     shadow_log: Path | None = None
@@ -63,6 +65,8 @@ class Up:
             if folder is not None and not folder.is_dir():
                 raise UserError(f"--{name} {folder}: no such folder")
         self._require_policy(contract)
+        if sum(bool(source) for source in (self.registry, self.policy, self.server)) > 1:
+            raise UserError("name one of --registry, --policy and --server")
         operator = {
             "episodes": self.episodes,
             "seed": self.seed,
@@ -74,6 +78,7 @@ class Up:
                 registry=self.registry,
                 policy=self.policy,
                 backend=self.backend,
+                server=self.server,
                 shadow=self.shadow,
                 shadow_log=self.shadow_log,
                 store=self.store,

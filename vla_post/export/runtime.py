@@ -16,7 +16,7 @@ from trajectory_store.contract import Contract
 from vla_post.export.card import is_export, policy_contract
 from vla_post.policies.checkpoint import CheckpointError, read_card
 
-Backend = Literal["auto", "torch", "onnx"]
+Backend = Literal["auto", "torch", "onnx", "remote"]
 RtcForm = Literal["identity", "jacobian"]
 StoredObservation = Mapping[str, np.ndarray]
 """As the store keeps it: vectors float32, images (height, width, 3) uint8."""
@@ -86,7 +86,8 @@ def load_policy(
     """Loads a checkpoint folder (torch) or an export folder (onnx), and warms it up.
 
     Args:
-        backend: `auto` tells an export folder from a checkpoint folder.
+        path: the folder, or the URL of a policy server (ws://HOST:PORT, wss:// with TLS).
+        backend: `auto` tells these apart.
         threads: of the inference library. More than one makes the latency of small policies vary.
         cores: CPU numbers to pin these threads to (onnx).
         contract: of the cell; a policy of another one is refused.
@@ -96,7 +97,12 @@ def load_policy(
     Raises:
         CheckpointError: not such a folder; incomplete, corrupted, or of another format.
         trajectory_store.contract.ContractMismatch: a policy of another cell; names the fields.
+        vla_post.export.remote.RemoteError: no policy server, or it refuses us.
     """
+    if backend == "remote" or (backend == "auto" and str(path).startswith(("ws://", "wss://"))):
+        from vla_post.export.remote import RemotePolicy
+
+        return RemotePolicy(str(path), contract=contract)
     path = Path(path)
     if backend == "auto":
         backend = "onnx" if is_export(path) else "torch"
