@@ -20,6 +20,8 @@ COMMANDS = {
     "teleop": ("vla_post.cli.teleop:TeleopCommand", "drive with keyboard, gamepad, SpaceMouse"),
     "console": ("vla_post.cli.console:Console", "the operator's web page for cells"),
     "train": ("vla_post.cli.train:train_command", "train a policy from stores, by recipe"),
+    "critic": ("vla_post.cli.critic:critic_command", "what a critic says of recorded episodes"),
+    "study": ("vla_post.cli.study:study_command", "compare learners, as in docs/experiments.md"),
     "eval": ("vla_post.cli.evaluate:Evaluate", "compare two policies on the same seeds"),
     "export": ("vla_post.cli.export:Export", "checkpoint to ONNX, proven equal"),
     "serve": ("vla_post.cli.serve:Serve", "a policy for robots on other machines"),

@@ -6,11 +6,12 @@ B batch, M feature tokens of size F, P proprioception.
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from trajectory_store import Contract
 from vla_post.batch import Observation, Policy
@@ -24,8 +25,19 @@ class Encoder(Protocol):
     """Maps observations to critic inputs; never trained with the critic."""
 
     size: InputSize
+    kind: Literal["state", "policy"]
 
     def __call__(self, observation: Observation, instruction: Sequence[str]) -> CriticInput: ...
+
+    def proprioception(self, observation: Observation) -> Float[Tensor, "B P"]:
+        """The part that changes at every tick, frames or not."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run must see through again; {} where the checkpoint says it all."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
     @property
     def hash(self) -> str:
@@ -40,6 +52,8 @@ class StateEncoder:
         statistics: {key: {"mean", "std"}} of the vectors; the policy's checkpoint has them.
         instructions: that occur; others share the last slot.
     """
+
+    kind: Literal["state", "policy"] = "state"
 
     def __init__(
         self,
@@ -84,6 +98,18 @@ class StateEncoder:
             proprioception=scaled.get(PROPRIOCEPTION, first[:, :0]),
         )
 
+    def proprioception(self, observation: Observation) -> Float[Tensor, "B P"]:
+        if PROPRIOCEPTION not in self._scale:
+            return next(iter(observation.values())).flatten(1)[:, :0]
+        mean, std = self._scale[PROPRIOCEPTION]
+        return (observation[PROPRIOCEPTION].flatten(1) - mean) / std
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
     @property
     def hash(self) -> str:
         digest = hashlib.sha256(repr((self.keys, self.instructions)).encode())
@@ -98,22 +124,20 @@ class PolicyEncoder:
     Training the policy does not move the critic's inputs. One zero observation tells its size.
     """
 
+    kind: Literal["state", "policy"] = "policy"
+
     def __init__(self, policy: Policy, contract: Contract) -> None:
         self._policy = copy.deepcopy(policy)
-        module: nn.Module = getattr(self._policy, "module", None) or nn.Module()
-        module.requires_grad_(False).eval()
-        digest = hashlib.sha256()
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        self._hash = digest.hexdigest()
+        module = getattr(self._policy, "module", None)
+        self.module: nn.Module = module if isinstance(module, nn.Module) else nn.Module()
+        self.module.requires_grad_(False).eval()
         state = contract.vectors.get(PROPRIOCEPTION)
         zero = {
             key: torch.zeros(1, *self._network_shape(contract, key))
             for key in contract.observations
         }
         first = next(iter(contract.tasks.values())).instruction
-        device = next(module.parameters(), torch.empty(0)).device
+        device = next(self.module.parameters(), torch.empty(0)).device
         with torch.no_grad():
             zero = {key: value.to(device) for key, value in zero.items()}
             features = self._policy.features(zero, [first])
@@ -136,11 +160,25 @@ class PolicyEncoder:
     @torch.no_grad()
     def __call__(self, observation: Observation, instruction: Sequence[str]) -> CriticInput:
         features = self._policy.features(observation, list(instruction))
-        state = observation.get(PROPRIOCEPTION, features[:, :0]).float()
         return CriticInput(
-            features=features[:, None].float(), proprioception=(state - self._mean) / self._std
+            features=features[:, None].float(), proprioception=self.proprioception(observation)
         )
+
+    def proprioception(self, observation: Observation) -> Float[Tensor, "B P"]:
+        if PROPRIOCEPTION not in observation:
+            return next(iter(observation.values())).flatten(1)[:, :0]
+        return (observation[PROPRIOCEPTION].flatten(1).float() - self._mean) / self._std
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict(state)
 
     @property
     def hash(self) -> str:
-        return self._hash
+        digest = hashlib.sha256()
+        for name, tensor in self.module.state_dict().items():
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(name.encode() + plain.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -166,6 +166,8 @@ class ChunkCritic(nn.Module):
         if (config.output == "scalar") != (bins is None):
             raise ValueError(f"output {config.output!r} and bins {bins}: give bins to that alone")
         self.config, self.chunk, self.bins = config, chunk, bins
+        self.card: dict[str, str] = {}
+        """Metadata for the file of its weights; see `saved`."""
         self.register_buffer("action_mean", action_mean.float())
         self.register_buffer("action_std", action_std.float())
         size, outputs = len(action_mean), 1 if bins is None else bins.count

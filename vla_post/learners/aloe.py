@@ -21,6 +21,7 @@ that an end is near.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from vla_post.critics.encoders import Encoder
 from vla_post.critics.ensemble import Aggregation, aggregate, polyak_
 from vla_post.critics.networks import ChunkCritic, CriticConfig, CriticInput
 from vla_post.critics.returns import RewardConfig, rewards_of, td_target
+from vla_post.critics.saved import card_of
 from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
 from vla_post.learners.weighting import (
     RunningScale,
@@ -77,6 +79,9 @@ class AloeConfig(GradientAlgorithm):
     done_factor: bool = True
     """Cut the bootstrap at a real end. The paper prints its chunk target without; for
     comparison."""
+    clip_target: bool = True
+    """Keep targets within what an episode can earn, where outcomes make the rewards: with a
+    minimum over heads, errors below the smallest return would feed on themselves."""
     target_rate: float = 0.005
     """rho of Eq. A3."""
     critic_learning_rate: float = 1e-3
@@ -117,15 +122,16 @@ class AloeConfig(GradientAlgorithm):
         self, policy: Policy, parameters: Sequence[nn.Parameter], contract: Contract
     ) -> "Aloe":
         encoder = build_encoder(self.encoder, policy, contract)
+        returns = self.rewards.bounds(longest_steps(contract))
         critic = build_critic(
             self.critic,
             encoder,
             contract,
             policy,
             chunk=self.critic_chunk(contract),
-            returns=self.rewards.bounds(longest_steps(contract)),
+            returns=returns,
         )
-        return Aloe(policy, parameters, critic, encoder, self)
+        return Aloe(policy, parameters, critic, encoder, self, returns=returns)
 
 
 def aloe_target(
@@ -168,8 +174,14 @@ class Aloe:
         critic: ChunkCritic,
         encoder: Encoder,
         config: AloeConfig,
+        *,
+        returns: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
         self.policy, self.critic, self.encoder, self.config = policy, critic, encoder, config
+        stored = config.rewards.source == "stored"
+        self.returns = returns if config.clip_target and not stored else (-math.inf, math.inf)
+        """What targets are kept within."""
+        critic.card = card_of(critic, encoder)
         self.target = copy.deepcopy(critic).requires_grad_(False)
         self.judged: Policy = policy
         """The policy whose chunks make V."""
@@ -239,7 +251,7 @@ class Aloe:
                     self.target(after, sampled),
                     discount=config.rewards.discount,
                     how=config.target,
-                )
+                ).clamp(*self.returns)
             loss, q = self.critic.loss(seen, action, target)
             step = self.critic_optimizer.step(loss.mean())
             polyak_(self.target, self.critic, config.target_rate)
@@ -304,6 +316,7 @@ class Aloe:
             "critic": self.critic_optimizer.state_dict(),
             "scale": {"square": self.scale.square, "seen": self.scale.seen},
             "critic_only": self.critic_only,
+            "encoder": self.encoder.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -312,3 +325,5 @@ class Aloe:
         self.scale.square = float(state["scale"]["square"])
         self.scale.seen = int(state["scale"]["seen"])
         self.critic_only = int(state["critic_only"])
+        self.encoder.load_state_dict(state["encoder"])
+        self.critic.card = card_of(self.critic, self.encoder)

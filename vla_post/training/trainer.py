@@ -85,7 +85,8 @@ class Trainer:
         self.policy.save(folder, state_dict=self.ema.weights)
         for name, module in self.learner.modules.items():
             weights = {key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()}
-            save_file(weights, folder / f"{name}.safetensors")
+            card: dict[str, str] = getattr(module, "card", {})
+            save_file(weights, folder / f"{name}.safetensors", metadata=card or None)
         return folder
 
     def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
