@@ -25,7 +25,7 @@ def contract() -> Contract:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: Any, contract: Contract) -> Store:
-    """Two episodes of 12 ticks with a new picture every third; a picture's grey tells its number."""
+    """Two episodes of 12 ticks with a new picture every third; its grey tells its number."""
     path = tmp_path_factory.mktemp("features") / "store"
     (image,) = contract.images
     shape, task = contract.images[image].shape, next(iter(contract.tasks))

@@ -1,4 +1,4 @@
-"""A study of minutes in seconds: it resumes, refuses to mix settings, and its critic can be seen."""
+"""A study in seconds: it resumes, refuses to mix settings, and its critic can be seen."""
 
 import json
 from dataclasses import replace
