@@ -52,6 +52,8 @@ class CellConfig:
     """Let the policy propose while a human drives, for `action.policy` in the store."""
     store: Path | None = None
     """Trajectory store to record into. None: no recorder."""
+    bag: Path | None = None
+    """Folder for MCAP files with every topic as it went over the wire, beside the store."""
     simulated: bool = True
     """Start the simulated robot of `sim`; otherwise a real driver is expected on the topics."""
     real_time_factor: float = 1.0
@@ -165,6 +167,9 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
                 },
             )
         )
+    if config.bag is not None:
+        managed.append("bag")
+        nodes.append(spec("bag", "robot_bridge.nodes.bag", {"bag": str(config.bag.resolve())}))
     supervision: dict[str, Value] = {
         "manage": True,
         "managed_nodes": managed,

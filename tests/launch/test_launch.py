@@ -190,6 +190,7 @@ def test_every_executable_exists_runs_the_right_module_and_is_executable(tmp_pat
             contract=CONTRACT,
             policy=tmp_path,
             store=tmp_path / "s",
+            bag=tmp_path / "b",
             operator={"episodes": 1},
             teleop={"device": "gamepad"},
         )

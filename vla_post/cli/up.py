@@ -34,6 +34,8 @@ class Up:
     backend: Literal["torch", "onnx"] = "torch"
     server: str = ""
     """Ask this policy server (`vla-post serve`): ws://HOST:PORT, or wss:// with TLS."""
+    bag: Path | None = None
+    """Record every topic as MCAP files into this folder, beside the store."""
     shadow: str = ""
     """A candidate beside the policy that moves nothing: a folder, a version, or `newest`."""
     shadow_log: Path | None = None
@@ -79,6 +81,7 @@ class Up:
                 policy=self.policy,
                 backend=self.backend,
                 server=self.server,
+                bag=self.bag,
                 shadow=self.shadow,
                 shadow_log=self.shadow_log,
                 store=self.store,
