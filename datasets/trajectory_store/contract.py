@@ -38,6 +38,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _refuse(problems: list[str]) -> None:
+    """A ValueError with a line for every problem, if there are any."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 class Align(StrEnum):
     """How a stream is brought to the control tick."""
 
@@ -79,20 +85,22 @@ class ObservationFeature(_Part):
 
     @model_validator(mode="after")
     def _shape_fits_type(self) -> Self:
+        problems: list[str] = []
         if self.is_image:
             if len(self.shape) != 3 or self.shape[2] not in (1, 3):
-                raise ValueError(
+                problems.append(
                     f"an image's shape is (height, width, 1 or 3), found {list(self.shape)}"
                 )
             if self.names:
-                raise ValueError("`names` belongs to JointState features only")
+                problems.append("`names` belongs to JointState features only")
         elif len(self.shape) != 1 or len(self.names) != self.shape[0]:
-            raise ValueError(
+            problems.append(
                 f"`names` lists {len(self.names)} joints and `shape` is {list(self.shape)}; "
                 "a JointState feature needs shape [number of names]"
             )
         if len(set(self.names)) != len(self.names):
-            raise ValueError("`names` holds the same joint twice")
+            problems.append("`names` holds the same joint twice")
+        _refuse(problems)
         return self
 
 
@@ -128,22 +136,22 @@ class ActionFeature(_Part):
 
     @model_validator(mode="after")
     def _one_limit_per_joint(self) -> Self:
+        problems: list[str] = []
         if len(set(self.names)) != len(self.names):
-            raise ValueError("`names` holds the same joint twice")
+            problems.append("`names` holds the same joint twice")
         for kind in ("position", "velocity", "acceleration", "jerk", "step"):
             bounds = getattr(self.limits, kind)
             if (kind == "position" or bounds) and len(bounds) != len(self.names):
-                raise ValueError(
+                problems.append(
                     f"limits.{kind} has {len(bounds)} entries for {len(self.names)} joints"
                 )
-        for name, (low, high) in zip(self.names, self.limits.position, strict=True):
+        for name, (low, high) in zip(self.names, self.limits.position, strict=False):
             if not low < high:
-                raise ValueError(
-                    f"limits.position of {name} is [{low}, {high}]; low must be < high"
-                )
+                problems.append(f"limits.position of {name} is [{low}, {high}]; low must be < high")
         unknown = set(self.held) - set(self.names)
         if unknown:
-            raise ValueError(f"`held` names {sorted(unknown)}, which `names` does not list")
+            problems.append(f"`held` names {sorted(unknown)}, which `names` does not list")
+        _refuse(problems)
         return self
 
 
@@ -319,7 +327,11 @@ def parse_contract(text: str, *, name: str = "contract") -> Contract:
             for e in error.errors()
         ]
         problems.sort(key=lambda p: p[0])
-        lines = [f"{name}:{line}: {where}: {_explain(e)}" for line, where, e in problems]
+        lines = [
+            f"{name}:{line}: {where}: {problem}"
+            for line, where, e in problems
+            for problem in _explain(e).splitlines()
+        ]
         raise ContractError("\n".join(lines)) from None
 
 

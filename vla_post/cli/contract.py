@@ -15,9 +15,10 @@ File = Annotated[Path, tyro.conf.Positional]
 
 
 def shipped() -> dict[str, Path]:
-    """Contracts that come with the software, by file name without suffix."""
-    folder = Path(str(files("sim"))) / "contracts"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    """Contracts that come with the software, by file name without suffix: simulated cells, then
+    real robots as examples."""
+    folders = [Path(str(files(package))) / "contracts" for package in ("sim", "robot_bridge")]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def path_of(source: Path) -> Path:
@@ -60,7 +61,7 @@ class Show:
         if self.contract is None:
             for name, path in shipped().items():
                 contract = load_contract(path)
-                print(f"{name:<18} {contract.robot:<10} {len(contract.tasks):>2} tasks  {path}")
+                print(f"{name:<21} {contract.robot:<10} {len(contract.tasks):>2} tasks  {path}")
             return
         contract = find(self.contract)
         action, safety = contract.action, contract.safety

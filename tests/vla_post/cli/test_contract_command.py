@@ -5,11 +5,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
+import robot_bridge
 import sim
-from trajectory_store.contract import parse_contract
+from trajectory_store.contract import load_contract, parse_contract
+from vla_post.cli.contract import shipped
 from vla_post.cli.main import main
 
+ROBOTS = Path(robot_bridge.__file__).parent / "contracts"
 SHIPPED = Path(sim.__file__).parent / "contracts" / "metaworld_state.yaml"
 
 
@@ -34,6 +38,58 @@ def test_check_names_every_problem_with_its_line(tmp_path, capsys):
     assert f"broken.yaml:{number}: control_hz" in error
     assert "mode" in error
     assert "Traceback" not in error
+
+
+def test_several_problems_of_one_part_are_several_lines(tmp_path, capsys):
+    broken = tmp_path / "broken.yaml"
+    text = (ROBOTS / "so101.yaml").read_text()
+    text = text.replace("[-1.69, 1.69]", "[1.69, -1.69]").replace("[2, 2, 2, 2, 2, 2]", "[2, 2]")
+    broken.write_text(text.replace("shape: [6]", "shape: [5]"))
+    with pytest.raises(SystemExit):
+        main(["contract", "check", str(broken)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "`names` lists 6 joints and `shape` is [5]" in lines[0]
+    assert "limits.velocity has 2 entries for 6 joints" in lines[1]
+    assert "limits.position of elbow_flex is [1.69, -1.69]; low must be < high" in lines[2]
+    assert all("broken.yaml:" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_contract_passes_the_check(name, capsys):
+    main(["contract", "check", name])
+    assert "valid, sha256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["so101", "ur5e_robotiq"])
+class TestRealRobots:
+    def test_the_two_controllers_own_the_joints_of_the_contract_in_its_order(self, name):
+        contract = load_contract(ROBOTS / f"{name}.yaml")
+        controllers = yaml.safe_load((ROBOTS / "controllers" / f"{name}.yaml").read_text())
+        joints = list(contract.action.names)
+        for controller in ("vla_joint_trajectory_controller", "vla_forward_position_controller"):
+            assert controllers[controller]["ros__parameters"]["joints"] == joints
+            assert controller in controllers["controller_manager"]["ros__parameters"]
+        assert list(contract.observations["observation.state"].names) == joints
+        update_rate = controllers["controller_manager"]["ros__parameters"]["update_rate"]
+        assert contract.observations["observation.state"].rate_hz == update_rate
+
+    def test_the_variants_differ_in_the_kind_of_command_alone(self, name, capsys):
+        with pytest.raises(SystemExit):
+            main(["contract", "diff", name, f"{name}_forward"])
+        assert capsys.readouterr().out == (
+            "actions.action.message: trajectory_msgs/JointTrajectory -> "
+            "std_msgs/Float64MultiArray\n"
+        )
+
+    def test_the_launch_command_in_the_file_names_its_own_controller(self, name):
+        for variant, topic in (
+            (name, "/vla_joint_trajectory_controller/joint_trajectory"),
+            (f"{name}_forward", "/vla_forward_position_controller/commands"),
+        ):
+            text = (ROBOTS / f"{variant}.yaml").read_text()
+            assert f"contract:={variant}.yaml" in text
+            assert f"command_topic:={topic}" in text
 
 
 def test_check_tells_what_only_the_arbiter_can_know(tmp_path, capsys):
