@@ -90,6 +90,8 @@ class NodeSpec:
     parameters: Mapping[str, Value]
     remappings: Mapping[str, str] = field(default_factory=dict[str, str])
     restart: Restart = "always"
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """On top of the group's, e.g. a ROS domain of its own."""
 
     def arguments(self) -> list[str]:
         """For the node's command line."""
@@ -255,8 +257,8 @@ class ProcessGroup:
 
     def start(self) -> None:
         """Raises BringupError when a process cannot be started at all."""
-        self._log_dir.mkdir(parents=True, exist_ok=True)
         for child in self._children.values():
+            child.log.parent.mkdir(parents=True, exist_ok=True)
             self._spawn(child)
 
     def pids(self) -> dict[str, int]:
@@ -382,7 +384,7 @@ class ProcessGroup:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=self._environment | dict(spec.environment),
                 start_new_session=True,
             )
         except OSError as error:

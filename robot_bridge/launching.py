@@ -4,7 +4,7 @@
 Imports launch and launch_ros, which come with ROS 2 and not with the wheels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from launch_ros.actions import Node
 
 from robot_bridge.bringup import CellConfig, NodeSpec, cell_nodes
 from robot_bridge.dds import LOOPBACK, use_default_profile
+from robot_bridge.fleet import FleetConfig, fleet_nodes
 
 ARGUMENTS: Mapping[str, tuple[str, str]] = {
     "contract": ("", "path of the cell contract (YAML)"),
@@ -38,6 +39,12 @@ REAL: Mapping[str, tuple[str, str]] = {
     "joint_states_topic": ("", "e.g. /joint_states"),
 }
 
+FLEET: Mapping[str, tuple[str, str]] = {
+    "cells": ("2", "number of simulated cells"),
+    "operators": ("0", "scripted operators who share them; 0: one for each"),
+    "first_domain": ("", "cell i gets ROS domain first_domain + i; empty: all share one"),
+}
+
 
 def declare(*groups: Mapping[str, tuple[str, str]]) -> list[Any]:
     return [
@@ -49,6 +56,18 @@ def declare(*groups: Mapping[str, tuple[str, str]]) -> list[Any]:
 
 def nodes(simulated: bool, *groups: Mapping[str, tuple[str, str]]) -> Any:
     """An action that reads the arguments when the launch begins, and starts the cell's nodes."""
+    return _start(groups, lambda given: cell_nodes(cell_config(given, simulated=simulated)))
+
+
+def fleet(*groups: Mapping[str, tuple[str, str]]) -> Any:
+    """The same for a fleet of simulated cells."""
+    return _start(groups, lambda given: fleet_nodes(fleet_config(given)))
+
+
+def _start(
+    groups: Sequence[Mapping[str, tuple[str, str]]],
+    specs: Callable[[Mapping[str, str]], list[NodeSpec]],
+) -> Any:
     names = [name for group in groups for name in group]
 
     def start(context: Any) -> list[Any]:
@@ -57,11 +76,22 @@ def nodes(simulated: bool, *groups: Mapping[str, tuple[str, str]]) -> Any:
         use_default_profile(given["dds_profile"], environment)
         return [
             *(SetEnvironmentVariable(k, v) for k, v in environment.items()),
-            LogInfo(msg=f"vla_post: cell of {given['contract']}"),
-            *(launch_node(s) for s in cell_nodes(cell_config(given, simulated=simulated))),
+            LogInfo(msg=f"vla_post: cells of {given['contract']}"),
+            *(launch_node(spec) for spec in specs(given)),
         ]
 
     return OpaqueFunction(function=start)
+
+
+def fleet_config(given: Mapping[str, str]) -> FleetConfig:
+    """Raises ValueError for what the arguments cannot mean."""
+    domain = given.get("first_domain", "")
+    return FleetConfig(
+        cell=cell_config(given, simulated=True),
+        cells=int(given["cells"]),
+        operators=int(given["operators"]),
+        first_domain=int(domain) if domain else None,
+    )
 
 
 def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
@@ -103,15 +133,17 @@ def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
 
 
 def launch_node(spec: NodeSpec) -> Any:
+    name = spec.name.rpartition("/")[2]
     return Node(
         package="vla_post",
-        executable=spec.name,
-        name=spec.name,
+        executable=name,
+        name=name,
         namespace=spec.namespace,
         parameters=[dict(spec.parameters)],
         remappings=list(spec.remappings.items()),
         respawn=spec.restart == "always",
         respawn_delay=1.0,
+        additional_env=dict(spec.environment),
         output="screen",
     )
 

@@ -138,6 +138,7 @@ class ScriptedOperator:
             self._follow = LEADER_RATE / contract.control_hz
         self._leader: Float[np.ndarray, " A"] | None = None
         self.takeovers = 0
+        self._driving = self._due = False
 
     def begin(self, task: str, seed: int) -> None:
         """A new episode; `seed` fixes the motor noise. Raises KeyError for an unknown task."""
@@ -151,8 +152,18 @@ class ScriptedOperator:
         self._labelled = False
         self._forget()
 
+    @property
+    def wants_attention(self) -> bool:
+        """Somebody should look after this cell: a takeover is due, or is going on."""
+        return self._driving or self._due
+
     def step(
-        self, scene: Float[np.ndarray, " S"], executed: Float[np.ndarray, " A"] | None, mode: Mode
+        self,
+        scene: Float[np.ndarray, " S"],
+        executed: Float[np.ndarray, " A"] | None,
+        mode: Mode,
+        *,
+        attended: bool = True,
     ) -> OperatorAction:
         """Reacts to tick k.
 
@@ -160,10 +171,11 @@ class ScriptedOperator:
             scene: privileged values at tick k.
             executed: what was sent at tick k - 1, if known.
             mode: who drives now, as far as the operator knows.
+            attended: somebody is there to take over; in a fleet they may be at another cell.
         """
         assert self._expert is not None, "begin() comes first"
         if scene[self._success] >= 1 and not self._labelled:
-            self._labelled = True
+            self._labelled, self._driving, self._due = True, False, False
             return OperatorAction(False, None, (Request.SUCCESS,))
         if self._labelled:
             return OperatorAction(False, None)
@@ -179,7 +191,7 @@ class ScriptedOperator:
             self._forget()
             action = OperatorAction(False, None, (Request.RESUME,))
         else:
-            action = self._watch(scene, wanted, reward, executed, mode)
+            action = self._watch(scene, wanted, reward, executed, mode, attended)
         self._wanted = wanted
         return action
 
@@ -190,6 +202,7 @@ class ScriptedOperator:
         reward: float,
         executed: Float[np.ndarray, " A"] | None,
         mode: Mode,
+        attended: bool,
     ) -> OperatorAction:
         """Judges the motion from k - 1 to k against what the operator wanted at k - 1."""
         config = self.config
@@ -210,8 +223,10 @@ class ScriptedOperator:
                 self._noticed = 0
         else:
             self._noticed += 1
-        if self._noticed is None or self._noticed < config.reaction_delay:
+        self._due = self._noticed is not None and self._noticed >= config.reaction_delay
+        if not (self._due and attended):
             return OperatorAction(False, None)
+        self._due = False
         return self._take_over(scene, wanted, reward)
 
     def _take_over(
@@ -280,6 +295,7 @@ class ScriptedOperator:
 
     def _forget(self) -> None:
         """Judges the policy afresh."""
+        self._due = False
         self._gaps: deque[float] = deque(maxlen=self.config.window)
         self._best, self._since_best = -np.inf, 0
         self._policy_ticks = 0

@@ -6,8 +6,9 @@ For each episode it sets the supervisor's task and seed, starts it, lets the pol
 the scene, takes over through the teleop topics with the deadman held, hands back, and labels
 success. It ends with status 0 after its last episode. Parameters: `episodes`, `tasks` (round robin;
 all of the contract's by default), `seed` (of the first episode; then the next), `reset_s` (wall
-time between episodes, in which a person would put the scene back), `operator` (its name), and every
-field of `sim.operator.OperatorConfig`.
+time between episodes, in which a person would put the scene back), `operator` (its name),
+`shared_attention` (true: takes over only while the broker of `sim.nodes.attention` sends somebody),
+and every field of `sim.operator.OperatorConfig`.
 """
 
 import array
@@ -38,6 +39,7 @@ from robot_bridge.nodes.common import (
     stamp_ns,
 )
 from sim.cell import SCENE_TOPIC, make_cell
+from sim.nodes.attention import GRANTED, WANTED
 from sim.operator import Mode, OperatorConfig, Request, ScriptedOperator
 from trajectory_store import Contract, load_contract
 
@@ -123,6 +125,30 @@ class OperatorNode(Node):
         self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched())
         self._waiting = self.create_timer(0.2, self._wait_for_services, clock=STEADY)
         self.create_subscription(String, "events", self._on_event, latched(200))
+        self._shared = bool(self._parameter("shared_attention", False))
+        self._attended = not self._shared
+        self._wants, self._ticket = False, 0
+        if self._shared:
+            self._wanted = self.create_publisher(String, WANTED, reliable(10))
+            self.create_subscription(String, GRANTED, self._on_granted, latched())
+            self.create_timer(1.0, self._say_wants, clock=STEADY)
+
+    # Attention -----------------------------------------------------------------------------------
+
+    def _on_granted(self, message: String) -> None:
+        ticket = json.loads(message.data)["cells"].get(self.get_namespace())
+        self._attended = self._wants and ticket == self._ticket
+
+    def _say_wants(self) -> None:
+        said = {"cell": self.get_namespace(), "ticket": self._ticket, "wants": self._wants}
+        self._wanted.publish(String(data=json.dumps(said)))
+
+    def _want(self, wants: bool) -> None:
+        """Asks the fleet's broker for somebody, or lets them go."""
+        if self._shared and wants != self._wants:
+            self._wants, self._attended = wants, False
+            self._ticket += wants
+            self._say_wants()
 
     def _wait_for_services(self) -> None:
         """Begins the session once the supervisor's services are there."""
@@ -142,6 +168,11 @@ class OperatorNode(Node):
             self.finished = True
             self.get_logger().info("session over")
             return
+        if self._shared and self._operator.config.drive_from_start:
+            self._want(True)
+            if not self._attended:
+                self._after(0.1, "attention", self._next_episode)
+                return
         task = self._tasks[self._number % len(self._tasks)]
         seed = self._seed + self._number
         self._number += 1
@@ -202,6 +233,7 @@ class OperatorNode(Node):
 
     def _end(self, event: dict[str, Any]) -> None:
         self._playing = False
+        self._want(False)
         self.get_logger().info(
             f"episode {self._number}/{self._episodes} {self._task} seed "
             f"{self._seed + self._number - 1}: {event.get('outcome')}, {self._ticks} ticks, "
@@ -278,12 +310,15 @@ class OperatorNode(Node):
                 executed, mode = self._executed[1], self._executed[2]
             if self._lockstep and (self._executed is None or self._executed[0] < before_ns):
                 return  # on its way
-        action = self._operator.step(scene, executed, mode)
+        action = self._operator.step(scene, executed, mode, attended=self._attended)
         self._answered_ns = tick_ns
         for request in action.requests:
             self._ask(request)
         if Request.SUCCESS in action.requests:
             self._playing = False
+        if not self._operator.config.drive_from_start:
+            self._want(self._operator.wants_attention)
+        if not self._playing:
             return
         stamp = Joy().header.stamp
         set_stamp(stamp, tick_ns)

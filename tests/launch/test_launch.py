@@ -16,6 +16,7 @@ import pytest
 
 import sim
 from robot_bridge.bringup import CellConfig, cell_nodes
+from robot_bridge.fleet import FleetConfig, fleet_nodes
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -72,6 +73,7 @@ class Node(Recorded):
         remappings: list[tuple[str, str]],
         respawn: bool,
         respawn_delay: float,
+        additional_env: dict[str, str],
         output: str,
     ) -> None:
         super().__init__()
@@ -179,6 +181,58 @@ def test_a_real_cell_is_remapped_to_its_controller(ros2_launch, tmp_path):
         assert node.parameters[0]["use_sim_time"] is False
 
 
+def test_a_fleet_has_a_namespace_a_clock_and_a_store_for_each_cell(ros2_launch, tmp_path):
+    executed = ros2_launch(
+        "fleet.launch.py",
+        contract=str(CONTRACT),
+        policy=str(tmp_path),
+        store=str(tmp_path / "stores"),
+        cells="3",
+        operators="2",
+        episodes="4",
+    )
+    started = [e for e in executed if isinstance(e, Node)]
+    config = FleetConfig(
+        cell=CellConfig(
+            contract=CONTRACT,
+            policy=tmp_path,
+            store=tmp_path / "stores",
+            operator={"episodes": 4},
+        ),
+        cells=3,
+        operators=2,
+    )
+    specs = fleet_nodes(config)
+    assert [f"{n.namespace}/{n.name}" for n in started] == [f"/{s.name}" for s in specs]
+    assert len(started) == 3 * 6 + 1
+    for node, spec in zip(started, specs, strict=True):
+        assert node.executable == spec.name.rpartition("/")[2]
+        assert node.parameters == [dict(spec.parameters)]
+    recorders = [n for n in started if n.name == "recorder"]
+    assert [n.namespace for n in recorders] == [
+        "/sawyer_state_0",
+        "/sawyer_state_1",
+        "/sawyer_state_2",
+    ]
+    assert recorders[2].parameters[0]["store"] == str(tmp_path / "stores" / "sawyer_state_2")
+    assert ("/clock", "/sawyer_state_2/clock") in recorders[2].remappings
+    operators = [n for n in started if n.name == "operator"]
+    assert [n.parameters[0]["seed"] for n in operators] == [0, 10_000, 20_000]
+    assert all(n.parameters[0]["shared_attention"] for n in operators)
+    assert started[-1].parameters == [{"operators": 2}]
+
+
+def test_a_fleet_in_domains_of_its_own_cannot_share_operators(ros2_launch, tmp_path):
+    given = {"contract": str(CONTRACT), "policy": str(tmp_path), "episodes": "1"}
+    executed = ros2_launch("fleet.launch.py", **given, first_domain="40")
+    domains = [(n.namespace, n.additional_env) for n in executed if isinstance(n, Node)]
+    assert ("/sawyer_state_1", {"ROS_DOMAIN_ID": "41"}) in domains
+    with pytest.raises(ValueError, match="need all of them in one ROS domain"):
+        ros2_launch("fleet.launch.py", **given, first_domain="40", operators="1")
+    with pytest.raises(ValueError, match=r"domains 101 to 102; they must lie in 0\.\.101"):
+        ros2_launch("fleet.launch.py", **given, first_domain="101")
+
+
 def test_no_contract_is_said_plainly(ros2_launch):
     with pytest.raises(ValueError, match="contract:=FILE"):
         ros2_launch("cell.launch.py")
@@ -196,7 +250,8 @@ def test_every_executable_exists_runs_the_right_module_and_is_executable(tmp_pat
         )
     )
     scripts = {path.name: path for path in (LAUNCH / "scripts").iterdir()}
-    assert set(scripts) == {spec.name for spec in specs}
+    assert set(scripts) == {spec.name for spec in specs} | {"attention"}
+    assert "from sim.nodes.attention import main" in scripts["attention"].read_text()
     for spec in specs:
         lines = scripts[spec.name].read_text().splitlines()
         assert lines[0].startswith("#!")

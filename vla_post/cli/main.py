@@ -16,6 +16,7 @@ from vla_post.cli.errors import UserError
 COMMANDS = {
     "demo": ("vla_post.cli.demo:Demo", "the whole loop on a simulated cell, with a report"),
     "up": ("vla_post.cli.up:Up", "run a cell's processes: robot side, operator, learner"),
+    "fleet": ("vla_post.cli.fleet:Fleet", "several simulated cells, few operators"),
     "operate": ("vla_post.cli.operate:Operate", "start, label, take over, resume, stop; status"),
     "teleop": ("vla_post.cli.teleop:TeleopCommand", "drive with keyboard, gamepad, SpaceMouse"),
     "console": ("vla_post.cli.console:Console", "the operator's web page for cells"),

@@ -1,0 +1,140 @@
+"""`vla-post fleet`: several simulated cells and a few scripted operators on this machine."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup
+from robot_bridge.fleet import FleetConfig, fleet_nodes
+from trajectory_store.contract import load_contract
+from vla_post.cli.contract import path_of
+from vla_post.cli.errors import UserError
+from vla_post.cli.signals import ends_in_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """Run N simulated cells, each in its own namespace, until every operator played its episodes.
+
+    The same nodes as fleet.launch.py. With fewer operators than cells, takeovers queue: an
+    operator attends one cell at a time. Ends with a table; data goes to FOLDER/stores/CELL.
+    """
+
+    contract: Path
+    """A simulated cell's YAML file, or the name of a shipped one."""
+    cells: int = 2
+    operators: int = 0
+    """0: one for each cell."""
+    episodes: int = 5
+    """Of each cell."""
+    registry: Path | None = None
+    policy: Path | None = None
+    backend: Literal["torch", "onnx"] = "torch"
+    seed: int = 0
+    drive: bool = False
+    """The operators drive whole episodes, as when demonstrations are collected; needs no policy."""
+    real_time_factor: float = 1.0
+    """Speed of cells that are not in lockstep."""
+    first_domain: int | None = None
+    """Give cell i the ROS domain FIRST_DOMAIN + i, rather than one domain to all."""
+    folder: Path = Path("runs/fleet")
+    """Gets stores, events, logs and fleet.json."""
+
+    def run(self) -> None:
+        contract = path_of(self.contract)
+        if not load_contract(contract).sim:
+            raise UserError(f"{contract}: no simulated cell (it has no `sim` section)")
+        if not self.drive and self.registry is None and self.policy is None:
+            raise UserError("no policy: pass --registry or --policy, or --drive for operators only")
+        events, figures = self.folder / "events", self.folder / "attention.json"
+        events.mkdir(parents=True, exist_ok=True)
+        config = FleetConfig(
+            cell=CellConfig(
+                contract=contract,
+                registry=self.registry,
+                policy=self.policy,
+                backend=self.backend,
+                store=self.folder / "stores",
+                events_log=events,
+                real_time_factor=self.real_time_factor,
+                operator={
+                    "episodes": self.episodes,
+                    "seed": self.seed,
+                    "drive_from_start": self.drive,
+                },
+            ),
+            cells=self.cells,
+            operators=self.operators,
+            first_domain=self.first_domain,
+            figures=figures,
+        )
+        before = {name: _lines(events / f"{name.strip('/')}.jsonl") for name in config.namespaces}
+        begun = time.monotonic()
+        try:
+            with (
+                ends_in_order(),
+                ProcessGroup(fleet_nodes(config), log_dir=self.folder / "logs") as group,
+            ):
+                print(f"up: {len(group.pids())} processes; Ctrl-C ends them", file=sys.stderr)
+                self._watch(group, {f"{n.strip('/')}/operator" for n in config.namespaces})
+        except BringupError as error:
+            raise UserError(str(error)) from error
+        table = {
+            name.strip("/"): _figures(events / f"{name.strip('/')}.jsonl", before[name])
+            for name in config.namespaces
+        }
+        card: dict[str, object] = {"wall_s": round(time.monotonic() - begun, 1), "cells": table}
+        if config.shared and figures.exists():
+            card["attention"] = json.loads(figures.read_text())
+        (self.folder / "fleet.json").write_text(json.dumps(card, indent=2) + "\n")
+        _show(card)
+
+    def _watch(self, group: ProcessGroup, playing: set[str]) -> None:
+        while playing:
+            for ended in group.poll():
+                if ended.name in playing and ended.status == 0:
+                    playing.discard(ended.name)
+                elif not ended.restarting:
+                    raise BringupError(
+                        f"{ended.name} ended with status {ended.status}, see {ended.log}:\n"
+                        + group.last_words(ended.name)
+                    )
+            time.sleep(0.1)
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _figures(path: Path, skip: int) -> dict[str, int]:
+    """What a cell's events say, after the first `skip` lines."""
+    events = [json.loads(line) for line in path.read_text().splitlines()[skip:]]
+    ends = [event for event in events if event["type"] == "episode_end"]
+    return {
+        "episodes": len(ends),
+        "success": sum(event["outcome"] == "success" for event in ends),
+        "takeovers": sum(event["type"] == "takeover" for event in events),
+        "nodes_lost": sum(e["type"] == "node" and e["state"] == "lost" for e in events),
+    }
+
+
+def _show(card: dict[str, object]) -> None:
+    cells = card["cells"]
+    assert isinstance(cells, dict)
+    print(f"{'cell':<20} episodes  success  takeovers  nodes lost")
+    for name, row in cells.items():
+        print(
+            f"{name:<20} {row['episodes']:>8} {row['success']:>8} {row['takeovers']:>10} "
+            f"{row['nodes_lost']:>11}"
+        )
+    attention = card.get("attention")
+    if isinstance(attention, dict):
+        print(
+            f"{attention['operators']} operators: busy {attention['busy']:.0%} of the time, "
+            f"{attention['attendances']} attendances, waited {attention['mean_wait_s']:.1f} s on "
+            f"average and {attention['longest_wait_s']:.1f} s at most"
+        )
+    print(f"{card['wall_s']} s")
