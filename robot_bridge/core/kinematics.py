@@ -87,6 +87,17 @@ class Kinematics:
         out[:, self._index] = self._jacobian[:, self._velocity]
         return position, out
 
+    def twist_jacobian(self, joints: Vector) -> Vector:
+        """(6, A): velocity of the point and rotation of its body, by the action's joints."""
+        self.position(joints)
+        self._mujoco.mj_comPos(self._model, self._data)
+        find = self._mujoco.mj_jacSite if self._is_site else self._mujoco.mj_jacBody
+        turning = np.zeros_like(self._jacobian)
+        find(self._model, self._data, self._jacobian, turning, self._point)
+        out = np.zeros((6, self._size))
+        out[:, self._index] = np.vstack([self._jacobian, turning])[:, self._velocity]
+        return out
+
     def _id(self, kind: str, name: str) -> int:
         return self._mujoco.mj_name2id(
             self._model, getattr(self._mujoco.mjtObj, f"mjOBJ_{kind}"), name

@@ -21,9 +21,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from robot_bridge.core.joints import JointReader, NamesError
+from robot_bridge.core.kinematics import Kinematics
 from trajectory_store.contract import Contract
 
 Vector = NDArray[np.float64]
+DAMPING = 0.01
+"""Of tool to joint velocities: bounds joint rates at singular poses by |tool| / (2 * DAMPING)."""
 CARTESIAN = ("x", "y", "z", "roll", "pitch", "yaw")
 Request = Literal[
     "start_episode", "success", "failure", "cancel", "reset_done", "takeover", "hand_back",
@@ -215,12 +218,9 @@ class Jog:
                 if len(hits) == 1:
                     self._axes[axis] = hits[0]
         elif contract.safety.workspace is not None and contract.safety.workspace.model:
-            from robot_bridge.core.tool_jog import ToolJog
-
             box = contract.safety.workspace
-            model = (folder or Path()) / box.model
-            if model.is_file():
-                self._kinematics = ToolJog(model, box.site, action.names)
+            if folder is not None:
+                self._kinematics = Kinematics(folder / box.model, box.site, action.names)
         self.selected = 0
         self._target: Vector | None = None
         self._check(keys)
@@ -280,7 +280,9 @@ class Jog:
             if index is not None and rate:
                 out[index] += rate * self._speed[index] * (1.0 if self._delta else dt_s)
         if tool.any() and self._kinematics is not None:
-            joint_rates = self._kinematics.joint_rates(out, tool)
+            jacobian = self._kinematics.twist_jacobian(out)
+            damped = jacobian @ jacobian.T + DAMPING**2 * np.eye(6)
+            joint_rates = jacobian.T @ np.linalg.solve(damped, tool)
             # Near a singular pose the tool slows down, rather than leaving its direction.
             joint_rates /= max(1.0, float(np.max(np.abs(joint_rates) / self._velocity)))
             out = out + joint_rates * dt_s

@@ -46,7 +46,10 @@ class Check:
         contract = find(self.contract)
         from robot_bridge.core.safety import Gate
 
-        Gate(contract)  # what only the arbiter can tell: the workspace box, the kinds of limits
+        folder = path_of(self.contract).parent
+        Gate(
+            contract, folder
+        )  # what only the arbiter can tell: the workspace box, the kinds of limits
         print(f"{contract.cell}: valid, sha256 {contract.sha256}")
 
 
