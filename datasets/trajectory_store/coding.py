@@ -167,7 +167,14 @@ def _encoded_shape(key: str, feature: ObservationFeature, data: bytes) -> tuple[
     if feature.codec == "png":
         if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 33:
             raise BadTick(f"{key}: {len(data)} bytes that are not a PNG")
-        width, height = struct.unpack_from(">II", data, 16)
+        width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
+        wanted = 8 * frame_dtype(feature).itemsize, {1: 0, 3: 2}[feature.shape[2]]
+        if (bits, colour) != wanted:
+            # Read as another kind, the numbers would mean something else: 8 bit are no millimetres.
+            raise BadTick(
+                f"{key}: found a PNG of {bits} bits and colour type {colour}, expected {wanted[0]} "
+                f"bits and type {wanted[1]} for {feature.unit} with {feature.shape[2]} channels"
+            )
         return height, width
     size = int(np.prod(feature.shape)) * frame_dtype(feature).itemsize
     if len(data) != size:

@@ -276,6 +276,8 @@ class StoreWriter:
         reward: np.ndarray | None = None,
         terminated: np.ndarray | None = None,
         truncated: np.ndarray | None = None,
+        action_policy: np.ndarray | None = None,
+        action_human: np.ndarray | None = None,
         instruction: str = "",
         operator: str = "",
         policy_version: int = 0,
@@ -286,11 +288,13 @@ class StoreWriter:
 
         Args:
             observation: per feature (T, D) or (T, height, width, C), or a sequence of T encoded
-                frames; None in place of a frame means no new one since the tick before.
+                frames, read one after the other; None in place of a frame means no new one since
+                the tick before.
             action: (T, A).
             source: one for all, or (T,).
             stamp_ns: (T,); default: the contract's control period from 0.
             terminated: (T,); default: at the last tick of a success or failure.
+            action_policy, action_human: (T, A), NaN where there was none.
 
         Returns:
             The uuid. The episode is queued; `flush` waits until it is committed.
@@ -313,8 +317,14 @@ class StoreWriter:
                 last = i == n - 1
                 self.append(
                     Tick(
-                        observation={k: v[i] for k, v in observation.items() if v[i] is not None},
+                        observation={
+                            k: value
+                            for k, values in observation.items()
+                            if (value := values[i]) is not None
+                        },
                         action=action[i],
+                        action_policy=_proposal(action_policy, i),
+                        action_human=_proposal(action_human, i),
                         source=Source(int(sources[i])),
                         stamp_ns=int(stamps[i]),
                         policy_version=policy_version,
@@ -576,3 +586,9 @@ class StoreWriter:
         return replace_episodes(
             self._repository, self.location, head, {head.n_episodes - 1: closed}, "interrupted"
         )
+
+
+def _proposal(proposals: np.ndarray | None, tick: int) -> np.ndarray | None:
+    if proposals is None or np.isnan(proposals[tick]).all():
+        return None
+    return proposals[tick]

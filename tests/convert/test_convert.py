@@ -1,6 +1,11 @@
 """Round trips through real files, read by the formats' own libraries."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +56,8 @@ def store(tmp_path_factory):
                 source=np.where(np.arange(n) < 5, Source.POLICY, Source.HUMAN),
                 stamp_ns=10**18 + np.cumsum(rng.integers(4 * 10**7, 6 * 10**7, n)),
                 reward=rng.normal(size=n),
+                action_policy=np.where(np.arange(n)[:, None] % 3, rng.normal(size=(n, 2)), np.nan),
+                action_human=np.where(np.arange(n)[:, None] < 5, np.nan, rng.normal(size=(n, 2))),
                 operator="ann",
                 policy_version=k + 3,
             )
@@ -117,7 +124,20 @@ def test_lerobot_and_back(store, tmp_path, use_videos):
     from vla_post.convert.lerobot_dataset import from_lerobot, to_lerobot
 
     target = tmp_path / "dataset"
-    to_lerobot(store, target, use_videos=use_videos)
+
+    def stop(_what: str, done: int, _of: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_lerobot(store, target, use_videos=use_videos, progress=stop)
+    assert not target.exists()
+    steps: list[int] = []
+    # It goes on with the second episode.
+    to_lerobot(
+        store, target, use_videos=use_videos, progress=lambda _what, done, _of: steps.append(done)
+    )
+    assert steps == [1, 2]
     dataset = LeRobotDataset("local/x", root=target)
     assert (len(dataset), dataset.meta.total_episodes, dataset.fps) == (32, 2, 20)
     item = dataset[13]
@@ -132,6 +152,10 @@ def test_lerobot_and_back(store, tmp_path, use_videos):
     same(store, back, pixels=8 if use_videos else 2)
     assert back.contract.sha256 == store.contract.sha256
     assert [e.policy_version for e in back.episodes] == [3, 4]
+    for key in ("action.policy", "action.human", "truncated"):
+        np.testing.assert_array_equal(
+            back.read(key, slice(None)), store.read(key, slice(None)), err_msg=key
+        )
     assert from_lerobot(target, tmp_path / "back") == []
     # Without our notes it is a dataset like any other.
     (target / "meta" / "vla_post.json").unlink()
@@ -146,3 +170,50 @@ def test_lerobot_and_back(store, tmp_path, use_videos):
     info.write_text(json.dumps(json.loads(info.read_text()) | {"codebase_version": "v2.1"}))
     with pytest.raises(ConversionError, match=r"version v2.1, expected v3"):
         from_lerobot(target, tmp_path / "old")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_lerobot_trains_on_it(store, tmp_path):
+    """The real command, offline, with a tiny policy."""
+    pytest.importorskip("lerobot", reason="the learn extra is not installed")
+    from vla_post.convert.lerobot_dataset import to_lerobot
+
+    to_lerobot(store, tmp_path / "dataset")
+    options = {
+        "dataset.repo_id": "local/x",
+        "dataset.root": tmp_path / "dataset",
+        "policy.type": "act",
+        "policy.device": "cpu",
+        "policy.push_to_hub": "false",
+        "policy.chunk_size": 4,
+        "policy.n_action_steps": 4,
+        "policy.dim_model": 32,
+        "policy.n_heads": 2,
+        "policy.dim_feedforward": 32,
+        "policy.n_encoder_layers": 1,
+        "policy.use_vae": "false",
+        "policy.pretrained_backbone_weights": "null",
+        "batch_size": 4,
+        "steps": 4,
+        "log_freq": 1,
+        "num_workers": 0,
+        "save_freq": 4,
+        "wandb.enable": "false",
+        "output_dir": tmp_path / "run",
+    }
+    command = [Path(sys.executable).with_name("lerobot-train")]
+    done = subprocess.run(
+        command + [f"--{name}={value}" for name, value in options.items()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    features = json.loads((saved / "config.json").read_text())
+    assert set(features["input_features"]) == {"observation.state", FRONT}
+    assert set(features["output_features"]) == {"action"}
+    losses = [float(x) for x in re.findall(r"loss:([0-9.]+)", done.stdout + done.stderr)]
+    assert len(losses) >= 4
+    assert np.isfinite(losses).all()

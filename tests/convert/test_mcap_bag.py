@@ -57,7 +57,7 @@ def header(ns: int, frame: str = "") -> dict:
     return {"stamp": {"sec": ns // 10**9, "nanosec": ns % 10**9}, "frame_id": frame}
 
 
-def write(path, *, events: bool, ticks: int = 40) -> None:
+def write(path, *, events: bool, ticks: range = range(40)) -> None:
     with path.open("wb") as file, Writer(file, chunk_size=2000) as writer:
         joints = writer.register_msgdef("sensor_msgs/msg/JointState", JOINTS)
         image = writer.register_msgdef("sensor_msgs/msg/CompressedImage", IMAGE)
@@ -69,10 +69,10 @@ def write(path, *, events: bool, ticks: int = 40) -> None:
         def event(at, **fields):
             put("events", text, {"data": json.dumps({"v": 1, "seq": 0} | fields)}, at)
 
-        if events:
+        if events and ticks.start == 0:
             uuid = "11111111-2222-3333-4444-555555555555"
             event(FIRST, type="episode_start", episode=uuid, task="pick", operator="ann")
-        for i in range(ticks):
+        for i in ticks:
             at = FIRST + i * 50_000_000
             state = {"name": ["b", "a"], "velocity": [], "effort": []}
             before = at - 10_000_000
@@ -83,7 +83,7 @@ def write(path, *, events: bool, ticks: int = 40) -> None:
             who = "human:ann" if i >= 30 else "policy:7#3"
             sent = {"name": ["x", "y"], "position": [i / 10, 1.0], "velocity": [], "effort": []}
             put("arbiter/executed", joints, sent | {"header": header(at, who)}, at)
-        if events:
+        if events and ticks.stop == 40:
             event(at + 1, type="episode_end", outcome="failure")
 
 
@@ -118,6 +118,22 @@ def test_a_bag_that_was_cut_off(tmp_path, events):
     assert e.outcome == "interrupted"
     assert 10 < len(e) < 40
     np.testing.assert_allclose(store.read("action", e)[:, 0], np.arange(len(e)) / 10, rtol=1e-6)
+
+
+def test_a_bag_that_rosbag2_split(tmp_path):
+    """An episode goes on in the next file."""
+    (tmp_path / "bag").mkdir()
+    parts = [range(4 * i, 4 * i + 4) for i in range(10)]
+    for number, ticks in enumerate(parts, 1):
+        write(tmp_path / "bag" / f"bag_{number}.mcap", events=True, ticks=ticks)
+    from_mcap(tmp_path / "bag", tmp_path / "store", parse_contract(CELL))
+    store = Store(tmp_path / "store")
+    (e,) = store.episodes
+    assert (e.outcome, len(e)) == ("failure", 40)
+    np.testing.assert_allclose(store.read("action", e)[:, 0], np.arange(40) / 10, rtol=1e-6)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConversionError, match=r"no \.mcap file"):
+        from_mcap(tmp_path / "empty", tmp_path / "store", parse_contract(CELL))
 
 
 def test_a_bag_without_events(tmp_path):

@@ -1,18 +1,26 @@
-"""The process that tests kill, or whose power they cut: records once it reads a line on stdin.
+"""The process that tests kill, or whose power they cut, and `Recorder`, which starts it.
 
-`check` compares what it left behind with what it had to write.
+It is forked off a process that has imported the slow packages, all but icechunk, whose threads
+would not survive the fork. `check` compares what it left behind with what it had to write.
 """
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
+import imagecodecs.zarr  # noqa: F401 - imported here so that no life has to
 import numpy as np
+import pydantic  # noqa: F401
 import simplejpeg
+import zarr.codecs  # noqa: F401
 
-from trajectory_store import Source, Store, StoreWriter, Tick
-from trajectory_store.contract import parse_contract
+if TYPE_CHECKING:
+    from trajectory_store import Store
 
 NAMES = UUID(int=1)
 CAMERA = "observation.images.wrist"
@@ -35,7 +43,7 @@ def picture(i: int) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image.repeat(4, 0).repeat(4, 1)), 80)
 
 
-def check(store: Store, newest: int | None = None) -> None:
+def check(store: "Store", newest: int | None = None) -> None:
     """Every row (of the newest episodes) is what its life and episode say."""
     known = {
         str(uuid5(NAMES, f"{life}/{episode}")): (life, episode)
@@ -58,6 +66,9 @@ def check(store: Store, newest: int | None = None) -> None:
 
 def live(path: str, text: str, life: int, progress: int) -> None:
     """Records as fast as it can and writes down, into the file `progress`, what is safe."""
+    from trajectory_store import Source, StoreWriter, Tick
+    from trajectory_store.contract import parse_contract
+
     frames = [picture(i) for i in range(16)]
     writer = StoreWriter.create_or_open(
         path, parse_contract(text), commit_interval_s=0.02, writer=f"life {life}"
@@ -87,11 +98,78 @@ def live(path: str, text: str, life: int, progress: int) -> None:
         writer.end_episode("success")
 
 
+class Recorder:
+    """Lives of a recording process, one after the other; used by the tests."""
+
+    def __init__(self, path: Path, contract: str, folder: Path, **environment: str) -> None:
+        """`folder` takes a file per life, with how many ticks are safe, and the errors."""
+        self.folder = folder
+        folder.mkdir()
+        (folder / "contract.json").write_text(contract)
+        with (folder / "errors").open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, path, folder],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | environment,
+            )
+        self.life = -1
+        self.pid = 0
+
+    def start(self) -> None:
+        """The next life begins to record."""
+        self.life += 1
+        self.pid = int(self._ask(f"{self.life}\n"))
+
+    def _ask(self, line: str) -> bytes:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(line.encode())
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, (self.folder / "errors").read_text()
+        return answer
+
+    def safe(self) -> int:
+        """Ticks of this life that the writer has called committed."""
+        try:
+            return int.from_bytes((self.folder / str(self.life)).read_bytes(), "little")
+        except FileNotFoundError:
+            return 0
+
+    def wait_for_commit(self) -> None:
+        deadline = time.monotonic() + 120
+        while self.safe() == 0:
+            assert os.path.exists(f"/proc/{self.pid}"), (self.folder / "errors").read_text()
+            assert time.monotonic() < deadline, "the writer committed nothing"
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        assert self.process.stdout
+        assert int(self.process.stdout.readline()) == -signal.SIGKILL
+
+    def close(self) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
 def main() -> None:
-    path, contract, folder, life = sys.argv[1:]
-    sys.stdin.readline()  # imported everything; the parent says when to begin
-    progress = os.open(f"{folder}/{life}", os.O_RDWR | os.O_CREAT)
-    live(path, Path(contract).read_text(), int(life), progress)
+    path, folder = sys.argv[1:]
+    contract = Path(folder, "contract.json").read_text()
+    assert len(os.listdir("/proc/self/task")) == 1, "threads would not survive the fork"
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            progress = os.open(f"{folder}/{int(line)}", os.O_RDWR | os.O_CREAT)
+            live(path, contract, int(line), progress)
+            os._exit(1)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

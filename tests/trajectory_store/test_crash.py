@@ -1,13 +1,8 @@
 """SIGKILL at random instants: what was committed is there, bit for bit; the rest is absent."""
 
-import contextlib
 import importlib.util
 import random
-import signal
-import subprocess
-import sys
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +18,18 @@ child = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(child)
 
 
-def _wait_for_commit(process: "subprocess.Popen[bytes]", progress: Path, errors: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not (progress.exists() and progress.stat().st_size == 8):
-        assert process.poll() is None, errors.read_text()
-        assert time.monotonic() < deadline, "the writer committed nothing"
-        time.sleep(0.002)
-
-
 def kill_often(path: Path, contract: Contract, times: int, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
     rows = 0
     seen = {"kills": 0, "before the first commit": 0, "interrupted": 0}
-    text = path.with_name("contract.json")
-    text.write_text(contract.to_json())
-    folder = path.with_name("progress")
-    folder.mkdir()
-
-    def start(life: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, CHILD, path, text, folder, str(life)]
-        with (folder / f"{life}.errors").open("wb") as errors:
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
-            )
-
-    waiting = deque(start(life) for life in range(min(3, times)))  # importing takes a second
+    recorder = child.Recorder(path, contract.to_json(), path.with_name("progress"))
     for life in range(times):
-        process = waiting.popleft()
-        if life + 3 < times:
-            waiting.append(start(life + 3))
-        assert process.stdin
-        process.stdin.write(b"go\n")
-        process.stdin.close()
+        recorder.start()
         if life % 4:  # the others die early, while they create, open or repair
-            _wait_for_commit(process, folder / str(life), folder / f"{life}.errors")
+            recorder.wait_for_commit()
         time.sleep(chance.random() ** 2 * 0.5)  # not a wait: the random instant itself
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=30) == -signal.SIGKILL
-        safe = 0
-        with contextlib.suppress(FileNotFoundError):
-            safe = int.from_bytes((folder / str(life)).read_bytes(), "little")
+        recorder.kill()
+        safe = recorder.safe()
         seen["kills"] += 1
         try:
             store = Store(path)
@@ -76,6 +43,7 @@ def kill_often(path: Path, contract: Contract, times: int, seed: int) -> dict[st
         child.check(store, newest=4)
         # All but the last episode are closed.
         assert not any(e.is_open for e in store.table[:-1])
+    recorder.close()
     with StoreWriter.create_or_open(path, contract):
         pass
     store = Store(path)
@@ -101,6 +69,6 @@ def test_killed_two_dozen_times(tmp_path, with_camera):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_killed_two_hundred_times(tmp_path, with_camera):
     print(kill_often(tmp_path / "store", with_camera, times=200, seed=3))

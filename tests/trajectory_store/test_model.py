@@ -179,5 +179,6 @@ def test_random_operations(contract):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 def test_random_operations_at_length(contract):
     _run(contract, 400)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import icechunk
+import imagecodecs
 import imagecodecs.zarr
 import numpy as np
 import pytest
@@ -204,6 +205,17 @@ def test_a_frame_of_another_size_is_refused(open_writer, cameras, tick):
     small = simplejpeg.encode_jpeg(np.zeros((24, 64, 3), np.uint8))
     with pytest.raises(ts.BadTick, match="64 x 24, expected 64 x 48"):
         writer.append(tick(0, observation={"observation.images.wrist": small}))
+    # 8 bit grey values are no millimetres; 16 bit ones come back exactly.
+    grey = bytes(imagecodecs.png_encode(np.zeros((24, 32), np.uint8)))
+    with pytest.raises(ts.BadTick, match="PNG of 8 bits and colour type 0, expected 16"):
+        writer.append(tick(0, observation={"observation.images.depth": grey}))
+    depth = np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 85
+    png = bytes(imagecodecs.png_encode(depth))
+    writer.append(tick(0, observation={"observation.images.depth": png}))
+    writer.end_episode("success")
+    writer.flush()
+    read = Store(writer.location).read("observation.images.depth", [0])
+    np.testing.assert_array_equal(read[0, :, :, 0], depth)
 
 
 def test_calls_at_the_wrong_moment(open_writer, contract, tick):

@@ -42,16 +42,15 @@ def to_lerobot(
 ) -> list[str]:
     """Writes episodes as a LeRobot v3 dataset and returns their uuids.
 
-    Written beside `target` and renamed when whole. Depth images are left out: the format is 8 bit
-    here.
+    Written beside `target` and renamed when whole; an interrupted conversion goes on where it was,
+    unless it was killed, which leaves parquet files without their ends. Depth images are left out:
+    the format is 8 bit here.
 
     Raises:
         ConversionError: the target exists, stores of different contracts, nothing to write, or a
             control rate that is not whole (the format's fps is an integer).
         FeatureMissing: a camera has no frame at some tick.
     """
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
     stores = data.stores if isinstance(data, FleetView) else [data]
     keep = filter or Filter()
     chosen = [(s, e) for s in stores for e in s.table if keep.keeps(e)]
@@ -69,36 +68,67 @@ def to_lerobot(
     target = Path(target)
     clear_target(target, force)
     building = target.with_name(f".{target.name}.partial")
+    images = [k for k, f in contract.images.items() if not f.unit.startswith("depth16")]
+    wanted = [e.uuid for _, e in chosen]
+    dataset, done = _begin(building, repo_id, contract, images, use_videos, wanted)
+    written = done
+    try:
+        for number, (store, e) in enumerate(chosen[done:], done):
+            progress(e.uuid, number, len(chosen))
+            columns = _columns(store, e, contract)
+            for i in range(len(e)):
+                frame: dict[str, Any] = {k: v[i] for k, v in columns.items()}
+                for key in images:
+                    frame[key] = store.read(key, [e.first_row + i])[0]
+                dataset.add_frame(frame | {"task": e.instruction})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                dataset.save_episode()
+            written = number + 1
+    finally:
+        if written < len(chosen):
+            dataset.clear_episode_buffer()
+        dataset.finalize()
+        sidecar = {
+            "contract": contract.to_dict(),
+            "videos": use_videos,
+            "episodes": [json.loads(e.to_json()) for _, e in chosen[:written]],
+        }
+        (building / SIDECAR).write_text(json.dumps(sidecar))
+    building.replace(target)
+    progress("", len(chosen), len(chosen))
+    return wanted
+
+
+def _begin(
+    building: Path,
+    repo_id: str,
+    contract: Contract,
+    images: list[str],
+    use_videos: bool,
+    wanted: list[str],
+) -> tuple[Any, int]:
+    """A dataset to write to, and how many of the wanted episodes it holds already."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    try:
+        before = json.loads((building / SIDECAR).read_text())
+        done = [e["uuid"] for e in before["episodes"]]
+        same = before["contract"] == contract.to_dict() and before["videos"] == use_videos
+        if done and same and done == wanted[: len(done)]:
+            return LeRobotDataset.resume(repo_id, root=building), len(done)
+    except (OSError, ValueError, KeyError):
+        pass  # nothing there, or killed before it could say what is
     clear_target(building, True)
-    images = {k: f for k, f in contract.images.items() if not f.unit.startswith("depth16")}
-    dataset = LeRobotDataset.create(
+    made = LeRobotDataset.create(
         repo_id,
         fps=round(contract.control_hz),
-        features=_features(contract, list(images), use_videos),
+        features=_features(contract, images, use_videos),
         root=building,
         robot_type=contract.robot,
         use_videos=use_videos,
     )
-    for done, (store, e) in enumerate(chosen):
-        progress(e.uuid, done, len(chosen))
-        columns = _columns(store, e, contract)
-        for i in range(len(e)):
-            frame: dict[str, Any] = {k: v[i] for k, v in columns.items()}
-            for key in images:
-                frame[key] = store.read(key, [e.first_row + i])[0]
-            dataset.add_frame(frame | {"task": e.instruction})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            dataset.save_episode()
-    dataset.finalize()
-    sidecar = {
-        "contract": contract.to_dict(),
-        "episodes": [json.loads(e.to_json()) for _, e in chosen],
-    }
-    (building / SIDECAR).write_text(json.dumps(sidecar))
-    building.replace(target)
-    progress("", len(chosen), len(chosen))
-    return [e.uuid for _, e in chosen]
+    return made, 0
 
 
 def _features(contract: Contract, images: list[str], use_videos: bool) -> dict[str, Any]:
@@ -125,6 +155,8 @@ def _features(contract: Contract, images: list[str], use_videos: bool) -> dict[s
         "vla_post.policy_version": one | {"dtype": "int64"},
         "vla_post.action_policy": {"dtype": "float32", "shape": (size,), "names": None},
         "vla_post.has_action_policy": one | {"dtype": "bool"},
+        "vla_post.action_human": {"dtype": "float32", "shape": (size,), "names": None},
+        "vla_post.has_action_human": one | {"dtype": "bool"},
     }
 
 
@@ -132,8 +164,12 @@ def _columns(store: Store, e: Episode, contract: Contract) -> dict[str, np.ndarr
     def one(name: str, dtype: str) -> np.ndarray:
         return store.read(name, e).astype(dtype)[:, None]
 
-    proposed = store.read("action.policy", e)
-    has: np.ndarray = np.all(np.isfinite(proposed), axis=1)
+    proposals: dict[str, np.ndarray] = {}
+    for who in ("policy", "human"):  # the format knows no absent value
+        proposed = store.read(f"action.{who}", e)
+        has: np.ndarray = np.all(np.isfinite(proposed), axis=1)
+        proposals[f"vla_post.action_{who}"] = np.where(has[:, None], proposed, 0).astype(np.float32)
+        proposals[f"vla_post.has_action_{who}"] = has[:, None]
     assert e.outcome is not None
     return {k: store.read(k, e) for k in (*contract.vectors, "action")} | {
         "next.reward": one("reward", "float32"),
@@ -143,8 +179,7 @@ def _columns(store: Store, e: Episode, contract: Contract) -> dict[str, np.ndarr
         "vla_post.source": one("source", "int64"),
         "vla_post.outcome": np.full((len(e), 1), OUTCOMES.index(e.outcome)),
         "vla_post.policy_version": one("policy_version", "int64"),
-        "vla_post.action_policy": np.where(has[:, None], proposed, 0).astype(np.float32),
-        "vla_post.has_action_policy": has[:, None],
+        **proposals,
     }
 
 
@@ -261,31 +296,29 @@ def _write(
     tasks: dict[str, str],
     outcome: Outcome,
 ) -> None:
-    items = [dataset[i] for i in range(*span)]
     contract = writer.contract
+    columns = dataset.hf_dataset.with_format("numpy", columns=_small(dataset))[slice(*span)]
+    n = span[1] - span[0]
 
     def column(key: str, fallback: Any = None) -> Any:
-        if key not in items[0]:
-            return fallback
-        return np.stack([np.asarray(item[key]) for item in items])
+        return np.asarray(columns[key]) if key in columns else fallback
+
+    def proposal(who: str) -> np.ndarray | None:
+        values, has = column(f"vla_post.action_{who}"), column(f"vla_post.has_action_{who}")
+        return None if values is None else np.where(has.reshape(n, 1), values, np.nan)
 
     observation: dict[str, Any] = {k: column(k).astype(np.float32) for k in contract.vectors}
-    for key in contract.images:
-        short = "observation." + key.removeprefix("observation.images.")
-        theirs = key if key in items[0] else short
-        pixels = column(theirs)
-        if pixels.dtype != np.uint8:
-            pixels = np.rint(pixels * 255).astype(np.uint8)
-        observation[key] = np.ascontiguousarray(np.moveaxis(pixels, 1, -1))
-    n = len(items)
+    decoded = _Items(dataset, span)
+    observation |= {key: _Pixels(decoded, key) for key in contract.images}
     default = (np.arange(n) * contract.dt_ns).reshape(n)
     stamps = column("vla_post.stamp_ns", default).reshape(n)
     if (np.diff(stamps) <= 0).any():
         stamps = default
     source = column("vla_post.source", np.full(n, int(Source.HUMAN))).reshape(n)
-    ends = column("next.done")
+    ends, cut = column("next.done"), column("vla_post.truncated")
+    instruction = str(dataset.meta.tasks.index[int(column("task_index")[0])])
     writer.write_episode(
-        old.task if old else tasks[str(items[0]["task"])],
+        old.task if old else tasks[instruction],
         observation,
         column("action").astype(np.float32),
         outcome=old.outcome if old and old.outcome else outcome,
@@ -293,9 +326,52 @@ def _write(
         stamp_ns=stamps,
         reward=column("next.reward", np.zeros(n)).reshape(n),
         terminated=None if ends is None else ends.reshape(n),
-        instruction=str(items[0]["task"]),
+        truncated=None if cut is None else cut.reshape(n),
+        action_policy=proposal("policy"),
+        action_human=proposal("human"),
+        instruction=instruction,
         operator=old.operator if old else "",
         policy_version=old.policy_version if old else 0,
         uuid=uuid,
         notes=old.notes if old else "",
     )
+
+
+def _small(dataset: Any) -> list[str]:
+    """Columns that are no images."""
+    return [
+        key
+        for key in dataset.hf_dataset.column_names
+        if dataset.meta.features[key]["dtype"] not in ("image", "video")
+    ]
+
+
+class _Items:
+    """Decoded items of an episode, of which only the last is held."""
+
+    def __init__(self, dataset: Any, span: tuple[int, int]) -> None:
+        self.dataset, self.span = dataset, span
+        self._last: tuple[int, Any] = (-1, None)
+
+    def __getitem__(self, i: int) -> Any:
+        if self._last[0] != i:
+            self._last = (i, self.dataset[self.span[0] + i])
+        return self._last[1]
+
+
+class _Pixels:
+    """One camera of an episode, (height, width, C) u1 each."""
+
+    def __init__(self, items: _Items, key: str) -> None:
+        self._items, self._key = items, key
+
+    def __len__(self) -> int:
+        return self._items.span[1] - self._items.span[0]
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        item = self._items[i]
+        short = "observation." + self._key.removeprefix("observation.images.")
+        pixels = np.asarray(item[self._key if self._key in item else short])
+        if pixels.dtype != np.uint8:
+            pixels = np.rint(pixels * 255).astype(np.uint8)
+        return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))

@@ -53,19 +53,8 @@ def from_mcap(
     Raises:
         ConversionError: not MCAP, no tick, or no task given where it is needed.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(path.glob("*.mcap"))
-        if len(found) != 1:
-            raise ConversionError(f"{path}: {len(found)} .mcap files in this folder; name one")
-        path = found[0]
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(MAGIC))
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot read the bag ({error.strerror})") from error
-    if head != MAGIC:
-        raise ConversionError(f"{path}: starts with {head!r}; expected an MCAP file")
+    files = _files(Path(source))
+    path = files[0]
     whole = task or (next(iter(contract.tasks)) if len(contract.tasks) == 1 else "")
     written: list[str] = []
     with StoreWriter.create_or_open(target, contract, writer="from_mcap") as writer:
@@ -86,22 +75,24 @@ def from_mcap(
 
         bag, start, cut = _Bag(), dict[str, Any](), False
         has_events = False
-        size = path.stat().st_size
-        try:
-            for place, topic, kind, message, logged in _messages(path):
-                progress(path.name, place, size)
-                _take(contract, bag, topic, kind, message, logged)
-                if topic != f"/{contract.cell}/events":
-                    continue
-                event = json.loads(message.data)
-                if event.get("type") == "episode_start":
-                    bag, start, has_events = _Bag(), event, True
-                elif event.get("type") == "episode_end" and start:
-                    finish(bag, start, Outcome(event.get("outcome", "aborted")))
-                    bag, start = _Bag(), {}
-        except _CutOff as error:
-            log.warning("%s: read up to the cut (%s)", path, error)
-            cut = True
+        size, before = sum(f.stat().st_size for f in files), 0
+        for file in files:
+            try:
+                for place, topic, kind, message, logged in _messages(file):
+                    progress(file.name, before + place, size)
+                    _take(contract, bag, topic, kind, message, logged)
+                    if topic != f"/{contract.cell}/events":
+                        continue
+                    event = json.loads(message.data)
+                    if event.get("type") == "episode_start":
+                        bag, start, has_events = _Bag(), event, True
+                    elif event.get("type") == "episode_end" and start:
+                        finish(bag, start, Outcome(event.get("outcome", "aborted")))
+                        bag, start = _Bag(), {}
+            except _CutOff as error:
+                log.warning("%s: read up to the cut (%s)", file, error)
+                cut = True
+            before += file.stat().st_size
         if start or not has_events:
             finish(bag, start, Outcome.INTERRUPTED if cut or start else Outcome(outcome))
         if not written and not present:
@@ -111,6 +102,28 @@ def from_mcap(
             )
     progress(path.name, size, size)
     return written
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of a rosbag2 folder in the order of recording.
+
+    Raises:
+        ConversionError: none, not readable, or not MCAP.
+    """
+    # rosbag2 splits into bag_0.mcap, bag_1.mcap, ..., bag_10.mcap.
+    split = sorted(path.glob("*.mcap"), key=lambda f: (len(f.name), f.name))
+    files = split if path.is_dir() else [path]
+    if not files:
+        raise ConversionError(f"{path}: no .mcap file in this folder; expected a rosbag2 recording")
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                head = opened.read(len(MAGIC))
+        except OSError as error:
+            raise ConversionError(f"{file}: cannot read the bag ({error.strerror})") from error
+        if head != MAGIC:
+            raise ConversionError(f"{file}: starts with {head!r}; expected an MCAP file")
+    return files
 
 
 class _CutOff(Exception):
