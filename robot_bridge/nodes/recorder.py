@@ -132,6 +132,9 @@ class RecorderNode(CellNode):
             "pending_ticks": health.pending_ticks,
             "refused_rows": self._bad_rows,
         }
+        for topic, counter in self._streams.counters.items():
+            values[f"received {topic}"] = counter.received
+            values[f"lost {topic}"] = counter.lost
         text = health.error or self._problem
         level = DiagnosticStatus.ERROR if not health.ok else DiagnosticStatus.OK
         return (DiagnosticStatus.WARN if text and health.ok else level), text, values

@@ -85,12 +85,14 @@ class Streams:
         lost: Callable[[str, int], None] | None = None,
     ) -> None:
         self._node, self._sample, self._lost = node, sample, lost
+        self.counters: dict[str, SequenceCounter] = {}
+        """By topic: received and lost since the subscription matched."""
         self.problems: dict[str, int] = {}
         """Messages that could not be read, by reason."""
         topics: dict[tuple[str, str], list[tuple[str, ObservationFeature]]] = {}
         for key, feature in contract.observations.items():
             topics.setdefault((feature.topic, feature.type), []).append((key, feature))
-        readers = {key: self._reader(key[1], features) for key, features in topics.items()}
+        readers = {key: self._reader(*key, features) for key, features in topics.items()}
         self._subscriptions = [
             node.create_subscription(
                 {
@@ -110,8 +112,8 @@ class Streams:
             self._node.destroy_subscription(subscription)
         self._subscriptions = []
 
-    def _reader(self, kind: str, features: list[tuple[str, ObservationFeature]]) -> Any:
-        counter = SequenceCounter()
+    def _reader(self, topic: str, kind: str, features: list[tuple[str, ObservationFeature]]) -> Any:
+        counter = self.counters[topic] = SequenceCounter()
         readers = [(key, f, JointReader(f.names)) for key, f in features if not f.is_image]
         keys = [key for key, _ in features]
 

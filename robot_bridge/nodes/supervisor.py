@@ -86,8 +86,9 @@ class SupervisorNode(Node):
         self._version: int | None = None
         self._events = self.create_publisher(String, "events", latched(200))
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", reliable(10))
-        on_joint_state: Any = self._on_joint_state
-        self.create_subscription(JointState, "joint_states", on_joint_state, reliable(10))
+        if self.lockstep:  # elsewhere the clock tells the time, and 500 messages a second do not
+            on_joint_state: Any = self._on_joint_state
+            self.create_subscription(JointState, "joint_states", on_joint_state, reliable(10))
         self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched())
         self.create_subscription(String, "policy/active", self._on_active, latched())
         self.create_subscription(String, "operator/notes", self._on_note, reliable(50))
@@ -282,6 +283,8 @@ class SupervisorNode(Node):
                 self._watch_time()
 
     def _watch_time(self) -> None:
+        if self._orphan is not None:
+            self._end_orphan()
         episode, before, now = self._episode, self._watched_ns, self.now_ns()
         self._watched_ns = now
         if episode is None or not self._started:
