@@ -19,7 +19,8 @@ class FleetConfig:
     """N cells and M operators."""
 
     cell: CellConfig
-    """What runs on each; `store` and `events_log` are folders here, with an entry for each cell."""
+    """What runs on each; `store`, `bag`, `events_log` and `shadow_log` are folders here, with an
+    entry for each cell."""
     cells: int = 2
     operators: int = 0
     """People who share the cells: takeovers queue. 0, or as many as cells: everybody has one."""
@@ -75,13 +76,18 @@ def fleet_nodes(config: FleetConfig) -> list[NodeSpec]:
             operator = dict(config.cell.operator) | {"seed": seed}
             if config.shared:
                 operator["shared_attention"] = True
-        store, events = config.cell.store, config.cell.events_log
+
+        def own(folder: Path | None, suffix: str = "", name: str = name) -> Path | None:
+            return None if folder is None else folder / f"{name}{suffix}"
+
         cell = replace(
             config.cell,
             namespace=namespace,
             operator=operator,
-            store=None if store is None else store / name,
-            events_log=None if events is None else events / f"{name}.jsonl",
+            store=own(config.cell.store),
+            bag=own(config.cell.bag),
+            events_log=own(config.cell.events_log, ".jsonl"),
+            shadow_log=own(config.cell.shadow_log, ".jsonl"),
             remappings=dict(config.cell.remappings) | {"/clock": f"{namespace}/clock"},
         )
         environment = (

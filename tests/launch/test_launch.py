@@ -181,6 +181,43 @@ def test_a_real_cell_is_remapped_to_its_controller(ros2_launch, tmp_path):
         assert node.parameters[0]["use_sim_time"] is False
 
 
+def test_up_and_the_launch_file_start_the_same_nodes_with_the_same_parameters(
+    ros2_launch, tmp_path, monkeypatch
+):
+    from vla_post.cli import up
+    from vla_post.cli.main import main
+
+    robot = ROOT / "robot_bridge" / "contracts" / "so101.yaml"
+    given = {
+        "store": str(tmp_path / "store"),
+        "bag": str(tmp_path / "bag"),
+        "events_log": str(tmp_path / "events.jsonl"),
+        "server": "ws://127.0.0.1:9",
+        "teleop": "gamepad",
+        "command_topic": "/vla_joint_trajectory_controller/joint_trajectory",
+        "joint_states_topic": "/joint_states",
+    }
+    started: list[Any] = []
+
+    class Recording(up.ProcessGroup):
+        def start(self) -> None:
+            started.extend(child.spec for child in self._children.values())
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(up, "ProcessGroup", Recording)
+    flags = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", v)]
+    with pytest.raises(SystemExit):
+        main(["up", "--contract", "so101", "--logs", str(tmp_path / "logs"), *flags])
+    launched = nodes(ros2_launch("cell.launch.py", contract=str(robot), **given))
+    assert [spec.name for spec in started] == list(launched)
+    assert "teleop" in launched
+    for spec in started:
+        node = launched[spec.name]
+        assert node.parameters == [dict(spec.parameters)]
+        assert node.remappings == list(spec.remappings.items())
+        assert node.namespace == spec.namespace
+
+
 def test_a_fleet_has_a_namespace_a_clock_and_a_store_for_each_cell(ros2_launch, tmp_path):
     executed = ros2_launch(
         "fleet.launch.py",

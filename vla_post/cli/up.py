@@ -9,6 +9,7 @@ from typing import Literal
 
 from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup, cell_nodes
 from trajectory_store.contract import Contract, load_contract, parse_contract
+from vla_post.cli.contract import path_of
 from vla_post.cli.errors import UserError
 from vla_post.cli.signals import ends_in_order
 from vla_post.export.registry import Registry
@@ -24,7 +25,13 @@ class Up:
     """
 
     contract: Path
-    """The cell's YAML file."""
+    """The cell's YAML file, or the name of a shipped one."""
+    command_topic: str = ""
+    """Real robots: the controller's, e.g. /joint_trajectory_controller/joint_trajectory."""
+    joint_states_topic: str = ""
+    """Real robots: where the joint states come from, e.g. /joint_states."""
+    namespace: str = ""
+    """Of the cell's topics; empty: the contract's name."""
     registry: Path | None = None
     """Run the active version of this registry, and follow it between episodes."""
     policy: Path | None = None
@@ -44,6 +51,8 @@ class Up:
     """scripted: simulated cells only; runs --episodes episodes, then everything ends."""
     teleop: Literal["none", "gamepad", "spacemouse", "leader"] = "none"
     """A person's device on this machine; for the keyboard run `vla-post teleop` beside this."""
+    teleop_map: str = ""
+    """Key map (YAML) of that device; its own by default."""
     episodes: int = 10
     """Of the scripted operator."""
     seed: int = 0
@@ -58,7 +67,8 @@ class Up:
     """Write every event of the cell to this file, one JSON line each."""
 
     def run(self) -> None:
-        contract = load_contract(self.contract)
+        path = path_of(self.contract)
+        contract = load_contract(path)
         simulated = bool(contract.sim)
         if self.operator == "scripted" and not simulated:
             raise UserError("the scripted operator drives simulated cells only")
@@ -74,9 +84,11 @@ class Up:
             "seed": self.seed,
             "policy_only": not self.takeovers,
         }
+        teleop = {"device": self.teleop, "map": self.teleop_map}
+        topics = {"command": self.command_topic, "joint_states": self.joint_states_topic}
         nodes = cell_nodes(
             CellConfig(
-                contract=self.contract,
+                contract=path,
                 registry=self.registry,
                 policy=self.policy,
                 backend=self.backend,
@@ -88,7 +100,9 @@ class Up:
                 simulated=simulated,
                 real_time_factor=self.real_time_factor,
                 operator=operator if self.operator == "scripted" else None,
-                teleop=None if self.teleop == "none" else {"device": self.teleop},
+                teleop=teleop if self.teleop != "none" else None,
+                remappings={source: target for source, target in topics.items() if target},
+                namespace=self.namespace,
                 events_log=self.events_log,
             )
         )
