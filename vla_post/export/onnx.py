@@ -11,7 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,16 +150,16 @@ def export_policy(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / POLICY_CARD).unlink(missing_ok=True)
-    started = time.perf_counter()
     names = list(tokens[instruction])
+    with torch.no_grad():
+        example = WholeGraph(policy, names)(*(torch.from_numpy(v) for v in feeds.values()))
+    started = time.perf_counter()
     with rewritten(), torch.no_grad():
         programs = _trace(policy, names, feeds, folder, config)
     export_s = time.perf_counter() - started
     if config.precision != "fp32":
         change_precision(folder, tuple(programs), config.precision, _feeds(runtime, tokens, probes))
 
-    with torch.inference_mode():
-        example = WholeGraph(policy, names)(*(torch.from_numpy(v) for v in feeds.values()))
     save_file(
         {k: np.ascontiguousarray(v) for k, v in feeds.items()} | {ACTION: example.numpy()},
         folder / EXAMPLE_FILE,
@@ -247,7 +247,7 @@ def _export(
         dynamic = (tuple({0: batch} for _ in tensors),)
     chatter = io.StringIO()
     try:
-        with warnings.catch_warnings(), redirect_stdout(chatter):
+        with warnings.catch_warnings(), redirect_stdout(chatter), redirect_stderr(chatter):
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 graph,

@@ -36,6 +36,7 @@ class DiffusionHead:
         self.noise_size = self.action_size
         self.denoising_steps = int(self.model.num_inference_steps)
         self.ddim: Any = DDIMScheduler.from_config(self.model.noise_scheduler.config)
+        self._schedule: list[int] = []
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """(B, C): what the U-Net is conditioned on."""
@@ -54,8 +55,11 @@ class DiffusionHead:
         size, n = noise.shape[:2]
         condition = context.repeat_interleave(n, dim=0)
         x = noise.flatten(0, 1)
-        self.ddim.set_timesteps(self.denoising_steps)
-        for step in self.ddim.timesteps.tolist():
+        if len(self._schedule) != self.denoising_steps:
+            # Kept as numbers: read from a tensor while a graph is traced, they would be unknown.
+            self.ddim.set_timesteps(self.denoising_steps)
+            self._schedule = self.ddim.timesteps.tolist()
+        for step in self._schedule:
             steps = torch.full((len(x),), step, dtype=torch.long, device=x.device)
             predicted = self.model.unet(x, steps, global_cond=condition)
             x = self.ddim.step(predicted, step, x).prev_sample

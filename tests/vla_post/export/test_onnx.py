@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -403,6 +404,27 @@ def test_a_robot_runs_an_export_without_torch(folders: tuple[Path, Path, Path]):
     refusal, answer = done.stdout.splitlines()
     assert "PyTorch, which this machine does not have" in refusal
     assert answer == f"{(CONTRACT.chunk_horizon, CONTRACT.action.size)} []"
+
+
+def test_an_export_is_served_to_other_machines(folders: tuple[Path, Path, Path]):
+    command = [sys.executable, "-m", "vla_post.cli.main", "serve", str(folders[1]), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as it:
+        assert it.stdout is not None
+        assert it.stderr is not None
+        try:
+            url = it.stdout.readline().split()[0]
+            remote = load_policy(url, contract=CONTRACT)
+            previous = np.full((4, CONTRACT.action.size), 0.5, np.float32)
+            for overlap in ({}, {"previous": previous, "delay": 1}):
+                np.testing.assert_array_equal(
+                    remote.act(observation(2), TEXT, 4, **overlap),
+                    OnnxPolicy(folders[1]).act(observation(2), TEXT, 4, **overlap),
+                )
+            remote.close()
+        finally:
+            it.send_signal(signal.SIGTERM)
+        assert it.wait(60) == 0
+        assert "served 2 chunks" in it.stderr.read()
 
 
 def test_reload_takes_other_weights(folders: tuple[Path, Path, Path], tmp_path: Path):
