@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("vla_post.cli.evaluate:Evaluate", "compare two policies on the same seeds"),
     "export": ("vla_post.cli.export:Export", "checkpoint to ONNX, proven equal"),
     "serve": ("vla_post.cli.serve:Serve", "a policy for robots on other machines"),
+    "policy": ("vla_post.cli.policy:policy_command", "import lerobot policies, show checkpoints"),
     "registry": ("vla_post.cli.registry:registry_command", "list, promote, roll back versions"),
     "store": ("vla_post.cli.store:store_command", "look at, check and convert trajectory stores"),
     "contract": ("vla_post.cli.contract:contract_command", "check, show and compare contracts"),

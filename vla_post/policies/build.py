@@ -26,7 +26,11 @@ def build_policy(
     if kind not in KINDS:
         raise ValueError(f"no policy kind {kind!r}; there are {', '.join(KINDS)}")
     config, vlm_folder = KINDS[kind](contract, device)
-    return LeRobotPolicy.build(config, contract, statistics, vlm_folder=vlm_folder)
+    policy = LeRobotPolicy.build(config, contract, statistics, vlm_folder=vlm_folder)
+    if config.type == "chunk_flow":
+        module: Any = policy.module
+        module.embed_instructions()
+    return policy
 
 
 def _common(contract: Contract, device: str, *, sees: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def _needs(contract: Contract, kind: str, *, camera: bool) -> None:
     if lacking:
         raise ValueError(
             f"cell {contract.cell!r} lacks {' and '.join(lacking)}, which {kind} needs to see; "
-            "chunk_flow works from any vectors and cameras"
+            "chunk_flow_transformer works from any vectors and cameras"
         )
 
 
@@ -164,14 +168,33 @@ def _modes(vectors: Any) -> dict[str, Any]:
 
 
 def _chunk_flow(contract: Contract, device: str) -> tuple[Any, None]:
+    """Vectors only, MLP head: for tiny problems, where it learns in seconds."""
+    if not contract.vectors:
+        raise ValueError(
+            f"cell {contract.cell!r} declares no vector; chunk_flow_transformer works from cameras"
+        )
+    return _own_flow(contract, device, list(contract.vectors)), None
+
+
+def _chunk_flow_transformer(contract: Contract, device: str) -> tuple[Any, None]:
+    """Everything that the cell declares, transformer head."""
+    keys = list(contract.observations)
+    return _own_flow(contract, device, keys, head="transformer", width=128, layers=4), None
+
+
+def _own_flow(contract: Contract, device: str, keys: list[str], **sizes: Any) -> Any:
+    from vla_post.policies import language
     from vla_post.policies.flow import ChunkFlowConfig
 
     common = _common(contract, device, sees=tuple(contract.vectors))
-    common["input_features"] = {
-        k: f for k, f in common["input_features"].items() if k in contract.vectors
-    }
-    config = ChunkFlowConfig(**common, chunk_size=contract.chunk_horizon)
-    return config, None
+    common["input_features"] = {key: common["input_features"][key] for key in keys}
+    return ChunkFlowConfig(
+        **common,
+        chunk_size=contract.chunk_horizon,
+        language="sentence" if language.available() else "hash",
+        instructions=list(dict.fromkeys(task.instruction for task in contract.tasks.values())),
+        **sizes,
+    )
 
 
 KINDS: dict[str, Callable[[Contract, str], tuple[Any, Path | None]]] = {
@@ -181,5 +204,6 @@ KINDS: dict[str, Callable[[Contract, str], tuple[Any, Path | None]]] = {
     "diffusion_tiny": _diffusion_tiny,
     "act_tiny": _act_tiny,
     "chunk_flow": _chunk_flow,
+    "chunk_flow_transformer": _chunk_flow_transformer,
 }
 """Name -> (lerobot's configuration, folder of its vision-language model) for a cell and device."""

@@ -8,12 +8,14 @@ One encoder pass serves all samples and all denoising steps, in training as on t
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 import torch
 from jaxtyping import Float
@@ -108,7 +110,7 @@ class LeRobotPolicy:
                 {key: IMAGENET for key in config.image_features} | dict(statistics)
             ).items()
         }
-        with pi_parts(vlm_folder if config.type in ("pi0", "pi05") else None):
+        with _quiet(), pi_parts(vlm_folder if config.type in ("pi0", "pi05") else None):
             module = get_policy_class(config.type)(config)
             preprocess, postprocess = make_pre_post_processors(config, dataset_stats=stats)
         module.to(config.device)
@@ -175,8 +177,11 @@ class LeRobotPolicy:
                 overrides["tokenizer_processor"] = {"tokenizer_name": str(vlm_folder)}
                 if hasattr(config, "vlm_model_name"):
                     config.vlm_model_name = str(vlm_folder)
+            for name in ("load_vlm_weights", "pretrained_backbone_weights"):
+                if hasattr(config, name):  # the checkpoint holds all weights: nothing is fetched
+                    setattr(config, name, None if name.startswith("pre") else False)
             overrides["device_processor"] = {"device": config.device}
-            with pi_parts(vlm_folder if config.type in ("pi0", "pi05") else None):
+            with _quiet(), pi_parts(vlm_folder if config.type in ("pi0", "pi05") else None):
                 module: Any = get_policy_class(config.type)(config)
             if lora is not None:
                 add_lora(module, lora)
@@ -455,7 +460,25 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
     file = folder / "model.safetensors"
     try:
-        module.load_state_dict(load_file(file))
+        weights = load_file(file)
+        fix = getattr(module, "_fix_pytorch_state_dict_keys", None)
+        if fix and not all(name.startswith("model.") for name in weights):
+            # pi0 and pi0.5: openpi's names, as lerobot's own loading reads them.
+            fixed: dict[str, Tensor] = fix(weights, module.config)
+            weights = {
+                name if name.startswith("model.") else f"model.{name}": value
+                for name, value in fixed.items()
+            }
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+        # lerobot stores tied weights once: what shares memory with a loaded tensor has its values.
+        own = module.state_dict(keep_vars=True)
+        loaded = {own[name].data_ptr() for name in own.keys() & weights.keys()}
+        missing = [name for name in missing if own[name].data_ptr() not in loaded]
+        if missing or unexpected:
+            raise RuntimeError(
+                f"missing {', '.join(missing[:3]) or 'nothing'}, unexpected "
+                f"{', '.join(unexpected[:3]) or 'nothing'}"
+            )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{file}: not the weights of this architecture ({error}). Compare config.json with the "
@@ -472,6 +495,11 @@ def _unshared(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return out
+
+
+def _quiet() -> redirect_stdout[TextIO]:
+    """lerobot prints while it builds; our stdout is for data."""
+    return redirect_stdout(sys.stderr)
 
 
 def _offline() -> None:

@@ -19,7 +19,9 @@ CONTRACTS = dict.fromkeys(KINDS, PIXELS) | {"chunk_flow": "metaworld_state.yaml"
 
 def statistics(contract: Contract) -> dict[str, dict[str, np.ndarray]]:
     random = np.random.default_rng(0)
-    sizes = {key: f.shape[0] for key, f in contract.vectors.items()} | {"action": 4}
+    sizes = {key: f.shape[0] for key, f in contract.vectors.items()} | {
+        "action": contract.action.size
+    }
     return {
         key: {
             "mean": random.normal(size=n),

@@ -17,7 +17,7 @@ from vla_post.policies.lora import LoraConfig
 
 from .cells import CONTRACTS, build, draw, sample
 
-FLOW = ("smolvla_tiny", "pi0_tiny", "pi05_tiny", "chunk_flow")
+FLOW = ("smolvla_tiny", "pi0_tiny", "pi05_tiny", "chunk_flow", "chunk_flow_transformer")
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +234,8 @@ def test_signs_and_times_of_each_flow_policy(policies, kind, monkeypatch):
         """data - noise, when x = (1 - t) noise + t data."""
         return sign * (data - x) / (1 - t[:, None, None])
 
-    if kind == "chunk_flow":
-        monkeypatch.setattr(policy.module, "velocity", lambda _, x, t: velocity(x, t))
+    if policy.kind == "chunk_flow":
+        monkeypatch.setattr(policy.module.net, "forward", lambda _, x, t: velocity(x, t))
     else:
         name = {"smolvla_tiny": "timestep"}.get(kind, "timestep")
 

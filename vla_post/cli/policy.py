@@ -1,0 +1,102 @@
+"""`vla-post policy`: bring lerobot's policies in, and look at checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vla_post.cli.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """A lerobot policy directory becomes a checkpoint for a cell.
+
+    Weights, processors and statistics stay lerobot's; features take the contract's names.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Written by lerobot-train (`.../pretrained_model`) or downloaded from a hub."""
+    contract: Path
+    """Of the cell that it shall drive."""
+    out: Path
+    """Checkpoint folder to write."""
+    rename: tuple[str, ...] = ()
+    """POLICY_FEATURE=CELL_FEATURE, such as observation.images.top=observation.images.corner."""
+    vlm: Path | None = None
+    """Folder with the tokenizer of its vision-language model, where it is not on this machine."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that shall not train, such as 'model.vlm_with_expert.vlm.*' (* and ? match)."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank instead of the weights (extra `lora`)."""
+    lora_targets: str = ""
+    """Regular expression over module names; lerobot's own choice if empty."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In which the networks compute."""
+
+    def run(self) -> None:
+        from trajectory_store.contract import load_contract
+        from vla_post.policies.importing import import_lerobot, is_ours
+
+        pairs = [entry.partition("=") for entry in self.rename]
+        for entry, (before, _, after) in zip(self.rename, pairs, strict=True):
+            if not before or not after:
+                raise UserError(f"--rename {entry!r}: expected POLICY_FEATURE=CELL_FEATURE")
+        if self.out.exists() and any(self.out.iterdir()):
+            raise UserError(f"--out {self.out}: the folder is not empty")
+        if is_ours(self.folder):
+            raise UserError(f"{self.folder} already is a checkpoint; use it as it is")
+        policy = import_lerobot(
+            self.folder,
+            load_contract(self.contract),
+            rename={before: after for before, _, after in pairs},
+            vlm_folder=self.vlm,
+            device="cpu",
+        )
+        if self.lora_rank:
+            from vla_post.policies.lora import LoraConfig
+
+            policy.add_lora(
+                LoraConfig(
+                    rank=self.lora_rank, alpha=float(self.lora_rank), targets=self.lora_targets
+                )
+            )
+        policy.freeze(self.freeze)
+        policy.precision = self.precision
+        policy.save(self.out)
+        print(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """What a checkpoint is, sees and emits, and what of it trains."""
+
+    checkpoint: tyro.conf.Positional[Path]
+
+    def run(self) -> None:
+        from vla_post.policies.lerobot_adapter import LeRobotPolicy
+
+        policy = LeRobotPolicy.load(self.checkpoint, device="cpu")
+        total = sum(p.numel() for p in policy.module.parameters())
+        trains = sum(p.numel() for p in policy.parameters())
+        lora = "none" if policy.lora is None else f"rank {policy.lora.rank}"
+        lines = {
+            "kind": policy.kind,
+            "cell": f"{policy.contract.cell} ({policy.contract.sha256[:12]})",
+            "sees": ", ".join(policy.observation_keys),
+            "emits": f"chunks of {policy.horizon} x {policy.action_size}, in "
+            f"{policy.head.denoising_steps} steps",
+            "parameters": f"{total:,}, of which {trains:,} train",
+            "frozen": ", ".join(policy.frozen) or "none",
+            "lora": lora,
+            "precision": policy.precision,
+        }
+        for name, value in lines.items():
+            print(f"{name:<11} {value}")
+
+
+policy_command = (
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+)
