@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from trajectory_store.contract import Contract, parse_contract
 from vla_post.batch import Batch, Observation
 from vla_post.policies.checkpoint import CARD, CheckpointError, read_card, write_card
+from vla_post.policies.encoder import ObservationEncoder, observation_encoder
 from vla_post.policies.heads import Guide, UnsupportedPolicy, check_family, make_head
 from vla_post.policies.lora import LoraConfig, add_lora, merge_lora
 from vla_post.policies.pi_tiny import pi_parts
@@ -435,6 +436,10 @@ class LeRobotPolicy:
         """What the policy's own encoder says of the observation, for critics and scorers."""
         with self._computing():
             return self.head.features(self.encode(observation, instruction)).float()
+
+    def observation_encoder(self) -> ObservationEncoder:
+        """What the policy sees with, sharing its weights; see `vla_post.policies.encoder`."""
+        return observation_encoder(self)
 
     def unnormalise(self, action: Float[Tensor, "N H A"]) -> Float[Tensor, "N H A"]:
         """Network units to robot units, by lerobot's postprocessor."""

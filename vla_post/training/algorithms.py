@@ -18,6 +18,8 @@ ALGORITHMS = {
     "hg-dagger": "vla_post.learners.hg_dagger:HgDaggerConfig",
     "aloe": "vla_post.learners.aloe:AloeConfig",
     "awr": "vla_post.learners.awr:AwrConfig",
+    "ptr": "vla_post.learners.ptr:PtrConfig",
+    "ptr-hg-dagger": "vla_post.learners.ptr:PtrHgDaggerConfig",
 }
 """Name on the command line -> module:class, a subclass of `Algorithm`."""
 

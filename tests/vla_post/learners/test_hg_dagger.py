@@ -1,20 +1,33 @@
-"""HG-DAgger: what is imitated, and checks HG-1, HG-3, HG-7 and HG-8 of the specification."""
+"""HG-DAgger and its weightings: checks HG-1 to HG-8 of the specification.
 
-from typing import Any
+HG-6 on real stores is in tests/vla_post/training/test_algorithms.py, HG-9 in test_doubt.py.
+"""
+
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from trajectory_store import Source
+from trajectory_store import Source, load_contract
 from vla_post.batch import Batch, NonFiniteLoss
+from vla_post.learners.class_weights import (
+    Segment,
+    class_weights,
+    iwr_target,
+    segments,
+    sirius_target,
+)
 from vla_post.learners.hg_dagger import (
     HgDagger,
     HgDaggerConfig,
+    Weighting,
     hg_dagger_loss,
     imitated_steps,
 )
 
+CONTRACT = Path(__file__).parents[3] / "sim" / "contracts" / "metaworld_state.yaml"
 P, H, S, HOLD = (int(s) for s in (Source.POLICY, Source.HUMAN, Source.SCRIPTED, Source.HOLD))
 
 
@@ -63,7 +76,8 @@ def batch(action: Tensor, source: Tensor) -> Batch:
 def learner(**config: Any) -> tuple[Mean, HgDagger]:
     policy = Mean()
     settings = {"learning_rate": 0.05, "warmup_updates": 0, "weight_decay": 0.0} | config
-    return policy, HgDagger(policy, list(policy.parameters()), HgDaggerConfig(**settings))
+    parameters = list(policy.parameters())
+    return policy, HgDagger(policy, parameters, HgDaggerConfig(**settings), control_hz=20.0)
 
 
 def test_only_people_and_demonstrators_are_imitated_and_only_inside_the_episode():
@@ -90,6 +104,44 @@ def test_hg1_with_the_human_throughout_it_is_plain_cloning():
     assert metrics["imitated_share"] == 1
 
 
+def test_hg2_class_weights_sum_to_one_and_both_forms_of_iwr_agree():
+    share = torch.tensor([0.3, 0.45, 0.15, 0.1])
+    for target in (iwr_target(share), sirius_target(share)):
+        weight = class_weights(share, target)
+        assert float((share * weight).sum()) == pytest.approx(1.0)
+    # n / (2 n_i), n / (2 (n - n_i)) against (n - n_i) / n_i, 1: equal up to a constant.
+    weight = class_weights(share, iwr_target(share))
+    ours = weight[Segment.INTERVENTION] / weight[Segment.ROBOT]
+    assert float(ours) == pytest.approx((1 - 0.15) / 0.15)
+    assert float(weight[Segment.ROBOT]) == pytest.approx(float(weight[Segment.DEMONSTRATION]))
+
+
+def test_sirius_keeps_demonstrations_as_they_are_drawn():
+    share = torch.tensor([0.3, 0.5, 0.1, 0.1])
+    weight = class_weights(share, sirius_target(share))
+    expected = [1.0, (0.5 - 0.3 - 0.002) / 0.5, 5.0, 0.02]
+    torch.testing.assert_close(weight, torch.tensor(expected))
+    # More demonstrations than the paper allows: they keep 0.498, the robot's steps carry nothing.
+    crowded = torch.tensor([0.6, 0.2, 0.2, 0.0])
+    weight = class_weights(crowded, sirius_target(crowded))
+    assert float(weight[Segment.ROBOT]) == 0
+    assert float((crowded * weight).sum()) == pytest.approx(1.0)
+
+
+def test_hg3_with_iwr_interventions_get_half_of_the_loss_whatever_is_drawn():
+    random = torch.Generator().manual_seed(0)
+    _, hg = learner(weighting="iwr")
+    got, total = 0.0, 0.0
+    for k in range(400):
+        human = torch.rand(64, generator=random) < 0.1
+        source = torch.where(human, H, P)[:, None].repeat(1, 4).to(torch.uint8)
+        one = batch(torch.zeros(64, 4, 2), source)
+        _, weight, _ = hg.choose(one.replace(part=torch.ones(64, dtype=torch.int64)))
+        if k >= 100:
+            got, total = got + float(weight[human].sum()), total + float(weight.sum())
+    assert got / total == pytest.approx(0.5, abs=0.02)
+
+
 def test_hg3_balanced_class_weights_give_interventions_half_of_the_loss():
     # n / (2 n_i) and n / (2 (n - n_i)) with 2 interventions of 8, every item of equal loss.
     weight = torch.tensor([2.0] * 2 + [8 / 12] * 6)
@@ -97,6 +149,74 @@ def test_hg3_balanced_class_weights_give_interventions_half_of_the_loss():
     only = torch.tensor([1.0] * 2 + [0.0] * 6)
     loss, _ = hg_dagger_loss(only, imitated, weight)
     torch.testing.assert_close(loss, torch.tensor(0.5))
+
+
+def test_hg4_the_moments_before_a_takeover():
+    """Two takeovers five steps apart give a window of five, and it overwrites nobody else."""
+    source = steps([P] * 8 + [H] * 2 + [P] * 5 + [H] * 2 + [S])
+    far = 2**31 - 1
+    to_takeover = torch.tensor([[8, 7, 6, 5, 4, 3, 2, 1, far, far, 5, 4, 3, 2, 1, far, far, far]])
+    segment = segments(source, torch.tensor([False]), to_takeover.int(), window=6)
+    robot, human, before = Segment.ROBOT, Segment.INTERVENTION, Segment.PRE_INTERVENTION
+    expected = [robot] * 2 + [before] * 6 + [human] * 2 + [before] * 5 + [human] * 2
+    assert segment[0].tolist() == [*expected, Segment.DEMONSTRATION]
+    whole = segments(source, torch.tensor([True]), to_takeover.int(), window=6)
+    assert (whole == Segment.DEMONSTRATION).all()
+
+
+def test_hg5_an_absent_class_leaves_its_part_to_the_others():
+    for share in ([0.3, 0.5, 0.2, 0.0], [0.0, 1.0, 0.0, 0.0], [0.4, 0.0, 0.6, 0.0]):
+        given = torch.tensor(share)
+        for target in (iwr_target(given), sirius_target(given)):
+            weight = class_weights(given, target)
+            assert weight.isfinite().all()
+            assert (weight[given == 0] == 0).all()
+            assert float((given * weight).sum()) == pytest.approx(1.0)
+
+
+def test_hg8_a_chunk_learns_up_to_the_moments_before_a_takeover():
+    """h = 10, six steps before the window: exactly the first six elements carry loss."""
+    _, hg = learner(weighting="sirius", pre_intervention_s=0.75)
+    assert hg.window == 15
+    one = batch(torch.zeros(1, 10, 2), steps([P] * 10))
+    to_takeover = torch.arange(21, 11, -1, dtype=torch.int32)[None]
+    one = one.replace(to_takeover=to_takeover, part=torch.ones(1, dtype=torch.int64))
+    imitated, weight, _ = hg.choose(one)
+    assert imitated[0].tolist() == [True] * 6 + [False] * 4
+    assert float(weight[0]) == 1.0, "the only class that is there has all of the loss"
+
+
+def test_a_chunk_that_starts_before_a_takeover_counts_as_the_intervention_that_it_reaches():
+    _, hg = learner(weighting="sirius")
+    far = 2**31 - 1
+    one = batch(torch.zeros(2, 4, 2), steps([P, P, H, H], [P, P, P, P]))
+    one = one.replace(
+        to_takeover=torch.tensor([[2, 1, far, far], [4, 3, 2, 1]], dtype=torch.int32),
+        part=torch.ones(2, dtype=torch.int64),
+    )
+    imitated, _, told = hg.choose(one)
+    assert imitated.tolist() == [[False, False, True, True], [False] * 4]
+    assert told["share_intervention"] == 1.0
+
+
+@pytest.mark.parametrize("weighting", ["iwr", "sirius", "double-buffer"])
+def test_every_weighting_learns_from_the_robots_own_steps_or_says_why_not(weighting: Any):
+    policy, hg = learner(weighting=weighting)
+    one = batch(torch.ones(4, 4, 2), steps(*[[P] * 4] * 2, *[[H] * 4] * 2))
+    far = torch.full((4, 4), 2**31 - 1, dtype=torch.int32)
+    part = torch.ones(4, dtype=torch.int64)
+    metrics = hg.update(one.replace(to_takeover=far, part=part))
+    assert metrics["loss"] == pytest.approx(1.0)
+    assert (policy.chunk > 0).all()
+
+
+def test_what_each_weighting_asks_of_the_data():
+    contract = load_contract(CONTRACT)
+    asked = {w: HgDaggerConfig(weighting=w).data(contract) for w in get_args(Weighting)}
+    assert asked["human-only"].sources == (Source.HUMAN, Source.SCRIPTED)
+    assert asked["iwr"].sources is None
+    assert asked["sirius"].takeovers
+    assert asked["double-buffer"].double_buffer
 
 
 def test_hg7_the_target_is_the_command_that_was_sent():
@@ -139,7 +259,7 @@ def test_state_continues_the_same_optimisation():
         first.update(one)
     for _ in range(3):
         second.update(one)
-    again = HgDagger(half, list(half.parameters()), second.config)
+    again = HgDagger(half, list(half.parameters()), second.config, control_hz=20.0)
     again.load_state_dict(second.state_dict())
     for _ in range(3):
         again.update(one)

@@ -173,6 +173,7 @@ def test_the_learners_that_ship_keep_the_protocol(folders: Path):
     )
     assert algorithms().keys() == ALGORITHMS.keys()
     for kind in algorithms().values():
+        assert kind.__doc__
         learner = kind().build(policy, list(policy.parameters()), contract)
         assert isinstance(learner, Learner)
         assert learner.updates == 0
