@@ -1,0 +1,1 @@
+"""Studies behind docs/experiments.md: each resumable, one JSON line a result."""
