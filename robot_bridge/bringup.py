@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal, Self
 
@@ -63,6 +63,8 @@ class CellConfig:
     teleop: Mapping[str, Value] | None = None
     """Parameters of `robot_bridge.nodes.teleop` (`device`: gamepad, spacemouse or leader, `path`,
     `map`, ...). None: nobody. A keyboard needs a terminal: `vla-post teleop`."""
+    console: Mapping[str, Value] | None = None
+    """Parameters of the operator's web console (`port`, `metrics`, ...). None: no console."""
     auto_resume: bool = False
     """Episodes start with the policy driving; for runs without an operator."""
     events_log: Path | None = None
@@ -92,6 +94,8 @@ class NodeSpec:
     restart: Restart = "always"
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     """On top of the group's, e.g. a ROS domain of its own."""
+    essential: bool = True
+    """Without it the cell cannot work; False for what only shows it."""
 
     def arguments(self) -> list[str]:
         """For the node's command line."""
@@ -187,6 +191,14 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
         nodes.append(spec("robot", "sim.nodes.robot", speed))
     if config.teleop is not None:
         nodes.append(spec("teleop", "robot_bridge.nodes.teleop", config.teleop))
+    if config.console is not None:
+        shown: dict[str, Value] = {
+            name: str(path.resolve())
+            for name, path in (("store", config.store), ("registry", config.registry))
+            if path is not None
+        }
+        console = spec("console", "robot_bridge.nodes.console", shown | dict(config.console))
+        nodes.append(replace(console, essential=False))
     if config.operator is not None:
         nodes.append(spec("operator", "sim.nodes.operator", config.operator, restart="never"))
     return nodes
@@ -201,6 +213,7 @@ class Ended:
     """Exit status; negative is a signal's number."""
     restarting: bool
     log: Path
+    essential: bool = True
 
 
 @dataclass
@@ -307,7 +320,7 @@ class ProcessGroup:
                 child.due_s = now + min(0.5 * 2 ** len(child.restarts), 8.0)
                 child.restarts.append(now)
             self._last_status[child.spec.name] = status
-            ended.append(Ended(child.spec.name, status, again, child.log))
+            ended.append(Ended(child.spec.name, status, again, child.log, child.spec.essential))
         return ended
 
     def wait(self, name: str, timeout_s: float | None = None) -> int:
@@ -321,7 +334,7 @@ class ProcessGroup:
             for ended in self.poll():
                 if ended.name == name:
                     return ended.status
-                if not ended.restarting:
+                if not ended.restarting and ended.essential:
                     raise BringupError(
                         f"{ended.name} ended with status {ended.status}, see {ended.log}:\n"
                         + self.last_words(ended.name)

@@ -30,6 +30,8 @@ ARGUMENTS: Mapping[str, tuple[str, str]] = {
     "auto_resume": ("false", "true: episodes start with the policy driving"),
     "teleop": ("", "gamepad, spacemouse or leader; empty: no device (keyboard: vla-post teleop)"),
     "teleop_map": ("", "key map (YAML) of that device; empty: its own"),
+    "console": ("true", "false: no web console for the operator"),
+    "console_port": ("8765", "of the web console, on this computer; the next free one if taken"),
     "namespace": ("", "empty: the contract's cell name"),
     "dds_profile": (LOOPBACK, "loopback (this computer only) or network"),
 }
@@ -135,6 +137,9 @@ def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
         teleop={"device": device, "map": given.get("teleop_map", "")} if device else None,
         remappings={source: target for source, target in topics.items() if target},
         namespace=given.get("namespace", ""),
+        console={"port": int(given.get("console_port", "8765"))}
+        if given.get("console", "true").lower() == "true"
+        else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The operator's web console: `python -m robot_bridge.console`, or `vla-post console`.
+"""The operator's web console: `vla-post console`, or the node `console`.
 
 access.py   who may do what: tokens, sessions, hosts and origins, rates
 lease.py    one operator per cell

@@ -148,6 +148,7 @@ def test_the_simulated_cell_starts_what_vla_post_up_starts(ros2_launch, tmp_path
             registry=tmp_path / "registry",
             store=tmp_path / "store",
             operator={"episodes": 3},
+            console={"port": 8765},
         )
     )
     found = nodes(executed)
@@ -172,6 +173,7 @@ def test_a_real_cell_is_remapped_to_its_controller(ros2_launch, tmp_path):
             policy=str(tmp_path),
             command_topic=target,
             joint_states_topic="/joint_states",
+            console="false",
         )
     )
     assert list(found) == ["supervisor", "arbiter", "runner"]
@@ -284,6 +286,7 @@ def test_every_executable_exists_runs_the_right_module_and_is_executable(tmp_pat
             bag=tmp_path / "b",
             operator={"episodes": 1},
             teleop={"device": "gamepad"},
+            console={},
         )
     )
     scripts = {path.name: path for path in (LAUNCH / "scripts").iterdir()}

@@ -20,8 +20,10 @@ from robot_bridge.bringup import (
     NodeSpec,
     ProcessGroup,
     Restart,
+    Value,
     cell_nodes,
 )
+from vla_post.cli.console import ConsoleLink
 from vla_post.cli.errors import UserError
 from vla_post.cli.progress import Progress
 from vla_post.cli.signals import ends_in_order
@@ -69,6 +71,7 @@ class ClosedLoop:
         self.registry = Registry(self.run_folder / "registry")
         self.events = self.run_folder / "events.jsonl"
         self.metrics = self.run_folder / "metrics.jsonl"
+        self._address_file = self.run_folder / "console.address"
 
     def run(self) -> None:
         """Everything; ends with the report.
@@ -169,6 +172,7 @@ class ClosedLoop:
                 registry=self.run_folder / "registry",
                 events_log=self.events,
                 operator=operator,
+                console=self._console() if self.options.console else None,
             )
         )
         # The learner outlives the robot: what the last episodes taught is still learned and
@@ -177,21 +181,31 @@ class ClosedLoop:
             self._watch(progress, cell, teacher)
         progress.refresh()
 
+    def _console(self) -> dict[str, Value]:
+        return {
+            "metrics": str(self.metrics),
+            "address_file": str(self._address_file),
+            "token_file": str(self.run_folder / "console.tokens"),
+            "nice": 10,  # the robot and the learner come first
+        }
+
     def _watch(self, progress: Progress, cell: ProcessGroup, teacher: ProcessGroup) -> None:
         """Until the operator has played all episodes, or the time is over."""
         begun: float | None = None
         last_event, seen = time.monotonic(), -1
+        link = ConsoleLink(self._address_file, progress.say)
         while True:
             for ended in cell.poll() + teacher.poll():
                 if ended.name == "operator" and ended.status == 0:
                     return
-                if not ended.restarting:
+                if not ended.restarting and ended.essential:
                     group = teacher if ended.name == "learner" else cell
                     raise BringupError(
                         f"{ended.name} ended with status {ended.status}, see {ended.log}:\n"
                         + group.last_words(ended.name)
                     )
             progress.refresh()
+            link.look()
             now, state = time.monotonic(), progress.state
             if state.events != seen:
                 seen, last_event = state.events, now

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -98,6 +99,28 @@ class Console:
             certificate=self.certificate,
             key=self.key,
         )
+
+
+class ConsoleLink:
+    """Tells the operator's link, once a console that runs as a process of a cell is ready.
+
+    Args:
+        path: where that console writes its links; an old file is removed.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say, self._last = path, say, ""
+        path.unlink(missing_ok=True)
+
+    def look(self) -> None:
+        """Call it now and then; a restarted console may have another port."""
+        try:
+            link = self._path.read_text(encoding="utf-8").split()[0]
+        except (OSError, IndexError):
+            return
+        if link != self._last:
+            self._last = link
+            self._say(f"console: {link}")
 
 
 def _say(links: "Links") -> None:

@@ -27,6 +27,9 @@ class Demo:
     """Run folder; runs/DATE-TIME-POLICY by default."""
     export: bool = True
     """Export the last version to ONNX and compare it with PyTorch."""
+    console: bool = True
+    """Serve the web console while the robot works; its address is printed. Watching costs CPU time
+    that the learner would have had."""
     keep_going: bool = False
     """Use a run folder that exists already, overwriting what is in it."""
 

@@ -127,6 +127,10 @@ class Progress:
         self._line(text)
         self.refresh()
 
+    def say(self, text: str) -> None:
+        """A line above the live view, or in the plain log."""
+        self._line(text)
+
     def refresh(self) -> None:
         """Reads what is new and draws it."""
         for row in self._metrics.new():

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup, cell_nodes
+from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup, Value, cell_nodes
 from trajectory_store.contract import Contract, load_contract, parse_contract
+from vla_post.cli.console import ConsoleLink
 from vla_post.cli.contract import path_of
 from vla_post.cli.errors import UserError
 from vla_post.cli.signals import ends_in_order
@@ -53,6 +54,10 @@ class Up:
     """A person's device on this machine; for the keyboard run `vla-post teleop` beside this."""
     teleop_map: str = ""
     """Key map (YAML) of that device; its own by default."""
+    console: bool = True
+    """Serve the operator's web console on this machine; the address is printed."""
+    console_port: int = 8765
+    """The next free one is used when it is taken; 0 takes any."""
     episodes: int = 10
     """Of the scripted operator."""
     seed: int = 0
@@ -104,6 +109,7 @@ class Up:
                 remappings={source: target for source, target in topics.items() if target},
                 namespace=self.namespace,
                 events_log=self.events_log,
+                console=self._console() if self.console else None,
             )
         )
         try:
@@ -114,6 +120,12 @@ class Up:
                 self._watch(group)
         except BringupError as error:
             raise UserError(str(error)) from error
+
+    def _console(self) -> dict[str, Value]:
+        return {
+            "port": self.console_port,
+            "address_file": str((self.logs / "console.address").resolve()),
+        }
 
     def _require_policy(self, contract: Contract) -> None:
         """Before anything starts: the runner would refuse it again and again, in its log."""
@@ -133,17 +145,17 @@ class Up:
         names = ", ".join(group.pids())
         domain = os.environ.get("ROS_DOMAIN_ID", "0")
         print(f"up: {names} in ROS domain {domain}; Ctrl-C ends it", file=sys.stderr)
+        link = ConsoleLink(self.logs / "console.address", lambda text: print(text, file=sys.stderr))
         while True:
             for ended in group.poll():
                 if ended.name == "operator" and ended.status == 0:
                     return
-                if not ended.restarting:
+                if not ended.restarting and ended.essential:
                     raise BringupError(
                         f"{ended.name} ended with status {ended.status}, see {ended.log}:\n"
                         + group.last_words(ended.name)
                     )
-                print(
-                    f"up: {ended.name} ended with status {ended.status}; starting it again",
-                    file=sys.stderr,
-                )
+                what = "starting it again" if ended.restarting else "the cell goes on without it"
+                print(f"up: {ended.name} ended with status {ended.status}; {what}", file=sys.stderr)
+            link.look()
             time.sleep(0.1)

@@ -1,13 +1,15 @@
 """The console as a process of a cell, with ROS parameters.
 
-    python -m robot_bridge.console --ros-args -r __ns:=/CELL -p contract:=FILE -p store:=PATH
+    python -m robot_bridge.nodes.console --ros-args -r __ns:=/CELL -p contract:=FILE -p store:=PATH
 
 Parameters: `contract`, `store`, `registry`, `metrics`, `host`, `port`, `allow_remote`,
-`token_file`, `address_file`. The links with their tokens go to `address_file`, never to the log.
+`token_file`, `address_file`, `nice` (added to the process's niceness). The links with their tokens
+go to `address_file`, never to the log.
 """
 
 import itertools
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def read_parameters(arguments: list[str]) -> tuple[str, dict[str, Any], dict[str
     return namespace, values, {source: target for source, target in pairs}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("robot_bridge.console").setLevel(logging.INFO)
     try:
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return USER_MISTAKE
-    namespace, values, remappings = read_parameters(arguments)
+    namespace, values, remappings = read_parameters(sys.argv if arguments is None else arguments)
 
     def path(name: str) -> Path | None:
         return Path(str(values[name])).expanduser() if values.get(name) else None
@@ -63,6 +65,7 @@ def main(arguments: list[str]) -> int:
         where = path("token_file") or "the default token file"
         print(f"console: {links.address} (tokens in {where})", file=sys.stderr, flush=True)
 
+    os.nice(max(0, int(values.get("nice", 0))))
     contract = path("contract")
     try:
         if contract is None:
