@@ -3,7 +3,8 @@
 access.py   who may do what: tokens, sessions, hosts and origins, rates
 lease.py    one operator per cell
 drive.py    a hold: the browser's deadman and axes become the operator's hand
-desk.py     one cell as the console sees it, and what all viewers of it share
+desk.py     one cell: its link, its viewers, its operator
+sight.py    what there is to see of it, as JSON
 hub.py      one browser: what it gets, what it says
 commands.py every control, with what it needs and how it is audited
 episodes.py learning.py   stores, metrics and versions, read for people

@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket
 from robot_bridge.console.access import Denied, Origins, Session, Sessions, Tokens
 from robot_bridge.console.commands import Commands
 from robot_bridge.console.desk import PERIOD_S, Desk
-from robot_bridge.console.drive import MAX_AGE_MS, SILENCE_MS, CommandRefused, Order
+from robot_bridge.console.drive import CommandRefused, Order
 from robot_bridge.console.episodes import Library
 from robot_bridge.console.hub import Browser
 from robot_bridge.console.learning import Learning
@@ -84,7 +84,6 @@ class Console:
             "now_ms": time.monotonic() * 1e3,
             "cells": [desk.describe() for desk in self.desks.values()],
             "has": {"registry": self.learning.registry is not None},
-            "limits": {"max_age_ms": MAX_AGE_MS, "silence_ms": SILENCE_MS},
         }
 
     def app(self) -> ASGIApp:
@@ -228,7 +227,7 @@ class Console:
             if isinstance(sent, bool) or not isinstance(sent, int | float):
                 raise Denied(400, "sent_ms is a number")
             if request.path_params["command"] != "stop":
-                Order().check(0, float(sent), time.monotonic() * 1e3)
+                Order().check(0, float(sent), time.monotonic() * 1e3, desk.max_age_ms)
         await desk.hold_open()
         self.leases.renew(session, time.monotonic())
         body = await self.commands.run(

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from robot_bridge.console import sight
 from robot_bridge.console.access import Session
-from robot_bridge.console.drive import CommandRefused, Drive, Hold
+from robot_bridge.console.drive import CommandRefused, Drive, Hold, max_age_ms
 from robot_bridge.console.lease import LAPSE_S, Leases
 from robot_bridge.driving import Hand, measured
 from robot_bridge.snapshots import Frame, Joints
@@ -38,8 +39,6 @@ ONLINE_S = 2.0
 TIMELINE_S = 600.0
 FRAME_HEADER = struct.Struct("<BBHId")
 """Camera's index, version 1, age when it arrived in ms, sequence number, server's time in ms."""
-TRACE_NAMES = ("doubt", "value", "q", "advantage")
-"""Numbers that a node may publish in its diagnostics; drawn when they are there."""
 
 
 class Viewer(Protocol):
@@ -58,26 +57,6 @@ class Viewer(Protocol):
     def show(self, camera: int, seq: int, picture: bytes) -> None: ...
 
 
-class _Meter:
-    """Rate and age of one stream."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.seen_s = 0.0
-        self._last = (0, 0.0)
-        self.rate_hz = 0.0
-
-    def hit(self) -> None:
-        self.count += 1
-        self.seen_s = time.monotonic()
-
-    def measure(self, now_s: float) -> None:
-        count, since = self._last
-        if now_s - since >= 1.0:
-            self.rate_hz = (self.count - count) / (now_s - since) if since else 0.0
-            self._last = (self.count, now_s)
-
-
 class Desk:
     """Owned by the event loop. See the module.
 
@@ -90,6 +69,7 @@ class Desk:
     ) -> None:
         self.contract, self.name = contract, name
         self.cameras = list(contract.images)
+        self.max_age_ms = max_age_ms(contract)
         self.link: CellLink | None = None
         self._connect, self._leases = connect, leases
         self._opening = asyncio.Lock()
@@ -105,7 +85,7 @@ class Desk:
         self._mode = ""
         self._mode_s = time.monotonic()
         self._runs: deque[tuple[float, str]] = deque(maxlen=400)
-        self._meters: dict[str, _Meter] = {}
+        self._meters: dict[str, sight.Meter] = {}
         self._said: dict[str, str] = {}
         self._sent_s: dict[str, float] = {}
         self._events: deque[str] = deque(maxlen=500)
@@ -227,10 +207,10 @@ class Desk:
         except RuntimeError:
             return  # the loop has ended; so will the link
 
-    def _meter(self, key: str) -> _Meter:
+    def _meter(self, key: str) -> sight.Meter:
         meter = self._meters.get(key)
         if meter is None:
-            meter = self._meters[key] = _Meter()
+            meter = self._meters[key] = sight.Meter()
         return meter
 
     def _hand(self, tick_ns: int, joints: Joints | None) -> Hand:
@@ -384,10 +364,10 @@ class Desk:
                 viewer.put(f"state {self.name}", text)
         if not self._watchers:
             return
-        self._spread("trace", self._trace())
+        self._spread("trace", sight.trace(self.contract, link))
         if self._chunk_new:
             self._chunk_new = False
-            self._spread("chunk", self._chunk())
+            self._spread("chunk", sight.chunk(self.contract, link))
         if self._runs_new:
             self._runs_new = False
             self._spread("timeline", self._timeline())
@@ -441,82 +421,14 @@ class Desk:
         }
         if link is None:
             return out
-        state, episode = link.state, link.episode
-        out |= {
-            "mode": state.mode,
-            "phase": state.phase,
-            "reason": state.reason,
-            "operator": state.operator,
-            "mode_since_ms": round(self._mode_s * 1e3),
-            "chunk_age_ms": round(state.chunk_age_ms),
-            "clipped": dict(state.clipped),
-            "policy": {
-                k: link.policy[k] for k in ("version", "backend", "step") if k in link.policy
-            },
-            "nodes": [
-                {"name": name.rpartition("/")[2], "level": health.level, "message": health.message}
-                for name, health in sorted(link.health.items())
-            ],
-            "traces": self._traces(),
-            "episode": None,
-        }
-        if episode is not None:
-            start = episode.get("start_stamp_ns")
-            limit = self.contract.tasks.get(str(episode.get("task")))
-            out["episode"] = {
-                "uuid": episode.get("episode"),
-                "task": episode.get("task"),
-                "instruction": episode.get("instruction", ""),
-                "operator": episode.get("operator", ""),
-                "running": start is not None,
-                "elapsed_s": 0.0
-                if start is None
-                else round(max(0.0, (state.stamp_ns - int(start)) / 1e9), 1),
-                "limit_s": None if limit is None else limit.time_limit_s,
+        return (
+            out
+            | sight.arbiter(link)
+            | {
+                "mode_since_ms": round(self._mode_s * 1e3),
+                "episode": sight.episode(self.contract, link),
             }
-        return out
-
-    def _traces(self) -> dict[str, float]:
-        """Doubt of the policy, value of the critic and the like, where a node publishes them."""
-        found: dict[str, float] = {}
-        link = self.link
-        if link is None:
-            return found
-        for health in link.health.values():
-            for name in TRACE_NAMES:
-                if name in health.values:
-                    try:
-                        found[name] = round(float(health.values[name]), 4)
-                    except ValueError:
-                        continue
-        return found
-
-    def _trace(self) -> dict[str, Any] | None:
-        link = self.link
-        executed = None if link is None else link.executed
-        if link is None or executed is None:
-            return None
-        where = measured(self.contract, link.joints)
-        return {
-            "stamp_s": round(executed.stamp_ns / 1e9, 4),
-            "label": executed.label,
-            "executed": _rounded(executed.position),
-            "measured": None if where is None else _rounded(where),
-            "joints": None
-            if link.joints is None
-            else dict(zip(link.joints.names, _rounded(link.joints.position), strict=True)),
-        }
-
-    def _chunk(self) -> dict[str, Any] | None:
-        chunk = None if self.link is None else self.link.chunk
-        if chunk is None:
-            return None
-        return {
-            "stamp_s": round(chunk.stamp_ns / 1e9, 4),
-            "label": chunk.label,
-            "dt_s": 1.0 / self.contract.control_hz,
-            "points": [_rounded(row) for row in chunk.points],
-        }
+        )
 
     def _timeline(self) -> dict[str, Any]:
         now = time.monotonic() * 1e3
@@ -526,66 +438,9 @@ class Desk:
         return {"runs": [[round(start), who] for start, who in runs]}
 
     def streams(self) -> dict[str, Any]:
-        """Rates and ages as they arrive here, and the counts of the cell's own nodes."""
-        now = time.monotonic()
-        nominal: dict[str, float] = {"joint_states": self.contract.control_hz}
-        nominal |= {key: feature.rate_hz for key, feature in self.contract.images.items()}
-        rows: list[dict[str, Any]] = []
-        for key in sorted(nominal.keys() | self._meters.keys()):
-            meter = self._meters.get(key)
-            rows.append(
-                {
-                    "key": key,
-                    "rate_hz": 0.0 if meter is None else round(meter.rate_hz, 1),
-                    "nominal_hz": nominal.get(key),
-                    "age_ms": None if meter is None else round((now - meter.seen_s) * 1e3),
-                }
-            )
-        return {"streams": rows, "nodes": self._node_counts()}
-
-    def _node_counts(self) -> dict[str, dict[str, str]]:
-        link = self.link
-        if link is None:
-            return {}
-        return {
-            name.rpartition("/")[2]: dict(list(health.values.items())[:40])
-            for name, health in link.health.items()
-        }
+        """Rates and ages as they arrive here, and what the cell's own nodes count."""
+        rows = sight.streams(self.contract, self._meters)
+        return {"streams": rows, "nodes": {} if self.link is None else sight.counts(self.link)}
 
     def describe(self) -> dict[str, Any]:
-        """What does not change: names, limits, tasks, cameras."""
-        contract = self.contract
-        action = contract.action
-        return {
-            "cell": self.name,
-            "robot": contract.robot,
-            "control_hz": contract.control_hz,
-            "lockstep": bool(contract.sim.get("lockstep", False)),
-            "simulated": bool(contract.sim),
-            "cameras": [
-                {
-                    "key": key,
-                    "name": key.removeprefix("observation.images."),
-                    "height": feature.shape[0],
-                    "width": feature.shape[1],
-                    "rate_hz": feature.rate_hz,
-                }
-                for key, feature in contract.images.items()
-            ],
-            "action": {
-                "names": list(action.names),
-                "mode": action.mode,
-                "unit": action.unit,
-                "held": list(action.held),
-                "low": [low for low, _ in action.limits.position],
-                "high": [high for _, high in action.limits.position],
-            },
-            "tasks": {
-                name: {"instruction": task.instruction, "time_limit_s": task.time_limit_s}
-                for name, task in contract.tasks.items()
-            },
-        }
-
-
-def _rounded(values: np.ndarray) -> list[float | None]:
-    return [round(float(v), 4) if np.isfinite(v) else None for v in values]
+        return sight.describe(self.contract, self.name)

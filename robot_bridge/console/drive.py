@@ -14,16 +14,22 @@ from numpy.typing import NDArray
 
 from trajectory_store.contract import Contract
 
-MAX_AGE_MS = 300.0
-"""A command that was given longer ago is dropped: the scene has moved on."""
 MAX_LEAD_MS = 100.0
 """A command may not come from further in the future than clocks can be wrong."""
-SILENCE_MS = 200.0
-"""A hold without a message for so long is over; less than the arbiter's own time-out."""
 DEFAULT_SPEED = 0.25
 """Per second, for joints whose velocity the contract does not limit, in the joint's unit."""
 MAX_STEP_S = 0.1
 """Longest time over which one answer integrates."""
+
+
+def max_age_ms(contract: Contract) -> float:
+    """A command that was given longer ago is dropped: the scene has moved on. 300 by default."""
+    return 1.2 * contract.safety.teleop_timeout_ms
+
+
+def silence_ms(contract: Contract) -> float:
+    """A hold without a message for so long is over, before the arbiter's own time-out: 200."""
+    return 0.8 * contract.safety.teleop_timeout_ms
 
 
 class CommandRefused(ValueError):
@@ -57,14 +63,14 @@ class Order:
         self._last = -1
         self.dropped = 0
 
-    def check(self, seq: int, sent_ms: float, now_ms: float) -> None:
+    def check(self, seq: int, sent_ms: float, now_ms: float, max_age: float) -> None:
         """Raises CommandRefused; the sequence number counts as used all the same."""
         if seq <= self._last:
             self.dropped += 1
             raise CommandRefused("order", f"command {seq} came after {self._last}")
         self._last = seq
         age = now_ms - sent_ms
-        if not math.isfinite(age) or age > MAX_AGE_MS:
+        if not math.isfinite(age) or age > max_age:
             self.dropped += 1
             raise CommandRefused("late", f"the command was {age:.0f} ms old; nothing was done")
         if age < -MAX_LEAD_MS:
@@ -85,6 +91,7 @@ class Hold:
         held = set(contract.action.held)
         self._keeps = np.array([not self._delta or name in held for name in self._names])
         """Axes that integrate: set-points, and the gripper of a displacement cell."""
+        self.silence_ms = silence_ms(contract)
         limits = contract.action.limits
         low, high = np.array(limits.position, np.float64).T
         self._low, self._high = low, high
@@ -138,7 +145,7 @@ class Hold:
 
     def silent(self, now_ms: float) -> bool:
         """The browser fell silent while holding: a frozen page, a cut link."""
-        return self.number != 0 and now_ms - self._heard_ms > SILENCE_MS
+        return self.number != 0 and now_ms - self._heard_ms > self.silence_ms
 
     def target(
         self, now_ms: float, measured: NDArray[np.float64] | None, dt_s: float | None = None

@@ -205,7 +205,7 @@ class Browser:
         )
         desk = self._desk(data)
         try:
-            self._order.check(drive.seq, drive.sent_ms, now_s * 1e3)
+            self._order.check(drive.seq, drive.sent_ms, now_s * 1e3, desk.max_age_ms)
             news = desk.drive(self.session, drive)
         except CommandRefused as error:
             desk.let_go(self.session, str(error))
@@ -219,7 +219,8 @@ class Browser:
         """Runs beside the connection: a slow cell must not keep a stop waiting."""
         name, arguments = str(data.get("name")), data.get("arguments", {})
         try:
-            self._order.check(int(_number(data, "seq")), _number(data, "t"), now_s * 1e3)
+            seq, sent = int(_number(data, "seq")), _number(data, "t")
+            self._order.check(seq, sent, now_s * 1e3, self._desk(data).max_age_ms)
             if not isinstance(arguments, dict):
                 raise CommandRefused("format", "arguments is an object")
             if self._running >= MAX_RUNNING:

@@ -3,25 +3,32 @@
 import numpy as np
 import pytest
 
-from robot_bridge.console.drive import MAX_AGE_MS, SILENCE_MS, CommandRefused, Drive, Hold, Order
+from robot_bridge.console.drive import CommandRefused, Drive, Hold, Order, max_age_ms, silence_ms
 
 from ..cells import arm, cartesian
+
+MAX_AGE_MS, SILENCE_MS = max_age_ms(arm()), silence_ms(arm())
 
 
 def drive(hold=1, axes=None, speed=1.0, seq=0):
     return Drive(seq=seq, sent_ms=0.0, hold=hold, axes=axes or {}, speed=speed)
 
 
+def test_both_patiences_follow_the_contract_and_come_before_the_arbiters():
+    assert (MAX_AGE_MS, SILENCE_MS) == (300.0, 200.0)
+    assert silence_ms(arm(safety={"teleop_timeout_ms": 1000})) == 800.0
+
+
 def test_late_early_and_reordered_commands_are_dropped():
     order = Order()
-    order.check(1, 1000.0, 1000.0 + MAX_AGE_MS)
+    order.check(1, 1000.0, 1000.0 + MAX_AGE_MS, MAX_AGE_MS)
     for seq, sent, code in ((1, 1000.0, "order"), (0, 1000.0, "order"), (2, 0.0, "late"),
                             (3, 2000.0, "clock"), (4, float("nan"), "late")):  # fmt: skip
         with pytest.raises(CommandRefused) as refused:
-            order.check(seq, sent, 1000.0 + MAX_AGE_MS)
+            order.check(seq, sent, 1000.0 + MAX_AGE_MS, MAX_AGE_MS)
         assert refused.value.code == code
     assert order.dropped == 5
-    order.check(5, 1300.0, 1300.0)
+    order.check(5, 1300.0, 1300.0, MAX_AGE_MS)
 
 
 def test_a_set_point_moves_from_where_the_robot_is_at_a_share_of_its_limit():

@@ -214,7 +214,7 @@ def test_commands_without_the_lease_late_or_twice_do_nothing_and_are_written_dow
         assert "ann" in taken["message"]
         ann.wait("state", cell=CELL, lease={"id": ann.client.get("/api/session").json()["id"],
                                              "name": "ann", "asked_by": "bob"})  # fmt: skip
-        assert ann.command("resume", age_ms=2000.0)["code"] == "late"
+        assert ann.command("resume", age_ms=5000.0)["code"] == "late"
         ann.seq -= 1
         assert ann.command("resume")["code"] == "order"
         ann.say(type="watch", cell=CELL, cameras=[])
@@ -260,7 +260,7 @@ def test_a_late_drive_lets_go(site):
             return ann.client.get(f"/api/cells/{CELL}").json()["mode"] == "HUMAN"
 
         until(driving, "HUMAN")
-        ann.drive(hold, age_ms=1000.0)
+        ann.drive(hold, age_ms=5000.0)
         assert ann.wait("refused")["code"] == "late"
         ann.drive(hold)  # the same press does not count any more
         assert ann.wait("driven", news="over")

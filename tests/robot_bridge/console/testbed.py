@@ -59,7 +59,7 @@ def arm(**changes: Any) -> Contract:
     data["safety"] |= {
         "joint_state_max_age_ms": 2000,
         "chunk_max_age_ms": 5000,
-        "teleop_timeout_ms": 1000,
+        "teleop_timeout_ms": 2000,
         "overrun_ticks": 1000,
         "workspace": None,
     }
@@ -75,6 +75,7 @@ def stepping(**changes: Any) -> Contract:
     """The simulated Sawyer in lockstep."""
     data = load_contract(sim.CONTRACTS / "metaworld_state.yaml").to_dict()
     tasks = {"reach": {"instruction": "Reach a goal position", "time_limit_s": 1000.0}}
+    data["safety"]["teleop_timeout_ms"] = 2000
     return Contract.model_validate(data | {"tasks": tasks} | changes)
 
 

@@ -31,10 +31,11 @@ export class Driver extends EventTarget {
     link.addEventListener("off", () => this.letGo("connection"));
   }
 
-  attend(cell, axes) {
+  attend({ cell, action, silence_ms: silence }) {
     if (this.cell !== cell) this.letGo("cell");
     this.cell = cell;
-    this.axes = axes;
+    this.axes = action.names;
+    this.silenceMs = silence;
   }
 
   get held() {

@@ -130,7 +130,6 @@ class App {
     this.session = message.session;
     this.cells = message.cells;
     this.has = message.has;
-    this.driver.silenceMs = message.limits.silence_ms;
     say(this.who, `${this.session.name} (${t(`role.${this.session.role}`)})`);
     if (message.title) document.title = `${message.title}: ${t("app")}`;
     fill(this.cellChoice, this.cells.map((cell) => h("option", { value: cell.cell }, cell.cell)));
@@ -151,7 +150,7 @@ class App {
     localStorage.setItem("vla_post.cell", cell.cell);
     this.cellChoice.value = cell.cell;
     this.keys.setAxes(cell.action.names);
-    this.driver.attend(cell.cell, cell.action.names);
+    this.driver.attend(cell);
     this.live.enter(cell);
     this.showKeys();
     if (this.states.has(cell.cell)) this.live.show(this.states.get(cell.cell));
