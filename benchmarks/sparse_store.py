@@ -1,10 +1,10 @@
 """Memory of a sampler over more images than fit in memory.
 
-`python benchmarks/sparse_store.py write FOLDER GB` records a store of raw 640 x 480 frames with the
-real writer and copies it until the fleet has that many 10^9 bytes. The frames are zeros, but for a
-number at their start, and the zeros are punched out of the files: the files have their real size,
-the disk holds a sixtieth. `... sample FOLDER` draws batches with images and prints the peak memory
-of its process as JSON.
+`python benchmarks/sparse_store.py write FOLDER GB [EPISODES]` records a store of raw 640 x 480
+frames with the real writer and copies it until the fleet has that many 10^9 bytes. The frames are
+zeros, but for a number at their start, and the zeros are punched out of the files: the files have
+their real size, the disk holds a sixtieth. `... sample FOLDER` draws batches with images and prints
+the peak memory of its process as JSON.
 """
 
 import ctypes
@@ -60,12 +60,10 @@ def punch(path: Path) -> None:
 EPISODE_GIGABYTES = EPISODE_FRAMES * FRAME_BYTES / 1e9
 
 
-def write(folder: Path, gigabytes: float) -> None:
-    """Stores `000`, `001`, ... with about that many 10^9 bytes of frames."""
-    wanted = max(1, round(gigabytes / EPISODE_GIGABYTES))
-    first = min(wanted, 3)
-    record(folder / "000", first)
-    for number in range(1, wanted // first):
+def write(folder: Path, gigabytes: float, episodes: int = 3) -> None:
+    """Stores `000`, `001`, ... of `episodes` each, with about that many 10^9 bytes of frames."""
+    record(folder / "000", episodes)
+    for number in range(1, round(gigabytes / EPISODE_GIGABYTES / episodes)):
         copy = ["cp", "-r", "--sparse=always", folder / "000", folder / f"{number:03}"]
         subprocess.run(copy, check=True)
 
@@ -120,6 +118,6 @@ def sample(folder: Path, batches: int = 20) -> dict[str, float]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write(Path(sys.argv[2]), float(sys.argv[3]))
+        write(Path(sys.argv[2]), float(sys.argv[3]), *map(int, sys.argv[4:]))
     else:
         print(json.dumps(sample(Path(sys.argv[2]))))

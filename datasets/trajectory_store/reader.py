@@ -1,6 +1,7 @@
 """`Store` reads one snapshot of one store; `FleetView` holds many stores and refreshes them
 cheaply."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from trajectory_store.coding import (
 )
 from trajectory_store.contract import Contract
 from trajectory_store.errors import (
+    DamagedChunk,
     EpisodeState,
     FeatureMissing,
     NotAStore,
     StoreError,
+    StoreUnavailable,
 )
 from trajectory_store.head import read_contracts, read_root
 from trajectory_store.repository import (
@@ -41,6 +44,8 @@ from trajectory_store.schema import (
     columns,
     frame_arrays,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ class Store:
             return self._repository.lookup_branch(BRANCH)
 
     def _load(self, snapshot_id: str) -> None:
-        self.snapshot = Snapshot(self.location, self._repository, snapshot_id)
-        root = read_root(self.snapshot)
+        snapshot = Snapshot(self.location, self._repository, snapshot_id)
+        root, contracts = read_root(snapshot), read_contracts(snapshot)
+        self.snapshot = snapshot  # from here on nothing is read, so a store never moves halfway
         self.info = StoreInfo(
             rows=int(root["rows"]),
             n_episodes=int(root["episodes"]),
@@ -85,7 +91,6 @@ class Store:
             features=tuple(root["features"]),
             last_segment=root["last_segment"],
         )
-        contracts = read_contracts(self.snapshot)
         self.contracts = {sha: Contract.model_validate(c) for sha, c in contracts.items()}
         self.contract = self.contracts[root["contract"]]
         self.columns: dict[str, Column] = {}
@@ -241,31 +246,63 @@ class FleetView:
         many = [prefix] if isinstance(prefix, (str, Path)) else list(prefix)
         self.prefixes = [normalise(p) for p in many]
         self.stores: list[Store] = []
+        self.problems: dict[str, StoreError] = {}
+        """Location -> why it could not be read at the last refresh."""
         self._threads = threads
         self.refresh()
+        for problem in self.problems.values():
+            raise problem
 
     @classmethod
     def of(cls, stores: Sequence[Store]) -> Self:
         """A view of stores that are open already, at their snapshots."""
         view = cls.__new__(cls)
         view.prefixes = [s.location for s in stores]
-        view.stores, view._threads = list(stores), 8
+        view.stores, view.problems, view._threads = list(stores), {}, 8
         return view
 
     def refresh(self) -> bool:
         """Sees what writers committed since; True when anything is new.
 
+        A store that cannot be read just now stays at its snapshot, or out of the view if it is
+        new, and `problems` says why: one robot's disk or network must not stop a learner.
+
         Raises:
             NotAStore: a prefix that does not exist.
         """
+        before, self.problems = self.problems, {}
         known = {s.location: s for s in self.stores}
-        places = [p for prefix in self.prefixes for p in self._find(prefix)]
+        places: list[str] = []
+        for prefix in self.prefixes:
+            try:
+                places += self._find(prefix)
+            except StoreUnavailable as error:
+                self.problems[prefix] = error
         with ThreadPoolExecutor(self._threads) as pool:
-            moved = list(pool.map(lambda s: s.refresh(), known.values()))
-            fresh = list(pool.map(_open_if_ready, [p for p in places if p not in known]))
+            moved = list(pool.map(self._refreshed, known.values()))
+            fresh = list(pool.map(self._opened, [p for p in places if p not in known]))
+        for location in self.problems.keys() - before.keys():
+            log.warning("%s", self.problems[location])
         found = [s for s in fresh if s is not None]
         self.stores = sorted([*known.values(), *found], key=lambda s: s.location)
         return any(moved) or bool(found)
+
+    def _refreshed(self, store: Store) -> bool:
+        try:
+            return store.refresh()
+        except (StoreUnavailable, DamagedChunk, NotAStore) as error:
+            self.problems[store.location] = error
+            return False
+
+    def _opened(self, location: str) -> Store | None:
+        """A store whose writer has not made its first commit yet is left for the next refresh."""
+        try:
+            return Store(location)
+        except NotAStore:
+            return None
+        except (StoreUnavailable, DamagedChunk) as error:
+            self.problems[location] = error
+            return None
 
     def _find(self, prefix: str) -> list[str]:
         if not is_url(prefix) and not Path(prefix).exists():
@@ -281,11 +318,3 @@ class FleetView:
     def snapshot_ids(self) -> dict[str, str]:
         """Location -> snapshot: what a run must log to be repeatable."""
         return {s.location: s.snapshot_id for s in self.stores}
-
-
-def _open_if_ready(location: str) -> Store | None:
-    """A store whose writer has not made its first commit yet is left for the next refresh."""
-    try:
-        return Store(location)
-    except NotAStore:
-        return None

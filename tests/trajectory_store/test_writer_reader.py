@@ -452,3 +452,26 @@ def test_fleet_view_finds_new_stores(open_writer, contract, record, tmp_path):
     assert list(view.snapshot_ids) == [str(tmp_path / "fleet" / n) for n in ("a", "b", "deep/c")]
     with pytest.raises(ts.NotAStore, match="no such folder"):
         ts.FleetView(tmp_path / "nothing")
+
+
+def test_a_store_that_is_away_does_not_stop_a_fleet(open_writer, contract, record, tmp_path):
+    writers = [open_writer(contract, tmp_path / "fleet" / name) for name in ("a", "b")]
+    for writer in writers:
+        record(writer, 3)
+        writer.flush()
+    view = ts.FleetView(tmp_path / "fleet")
+    repo, whole = tmp_path / "fleet" / "a" / "repo", b""
+    writers[0].close()
+    whole = repo.read_bytes()
+    repo.write_bytes(whole[:50])
+    record(writers[1], 4, seed=1)
+    writers[1].flush()
+    assert view.refresh()
+    assert list(view.problems) == [str(repo.parent)]
+    assert [len(e) for e in view.episodes] == [3, 3, 4]
+    # A view that begins without it would be another data set than was asked for.
+    with pytest.raises(ts.DamagedChunk, match="vla-post store repair"):
+        ts.FleetView(tmp_path / "fleet")
+    repo.write_bytes(whole)
+    view.refresh()
+    assert view.problems == {}
