@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from trajectory_store import FleetView, Outcome, Source, StoreWriter, Tick
-from trajectory_store.contract import Contract, load_contract
+from trajectory_store.contract import Contract, ContractMismatch, load_contract
 from vla_post.batch import DataNeeds, NonFiniteLoss
+from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import Registry
 from vla_post.export.runtime import load_policy
+from vla_post.learners.aloe import AloeConfig
 from vla_post.learners.hg_dagger import HgDaggerConfig
 from vla_post.policies.build import build_policy
 from vla_post.training.data import mixture, recorded_observations, rows_by, statistics
@@ -243,3 +245,33 @@ def test_metrics_are_whole_lines(tmp_path: Path):
         file.write('{"loss": 0.')  # another process is writing
     assert [row["loss"] for row in read_metrics(path)] == [1.0, 0.5]
     assert all(json.loads(line)["stamp_s"] > 0 for line in path.read_text().splitlines()[:2])
+
+
+def test_a_learner_of_values_refuses_what_says_nothing_of_value(folders: Path, contract: Contract):
+    """Only successes: alone that is refused before the first update; behind robots it waits."""
+    train = TrainConfig(algorithm=AloeConfig(critic_warmup=1), batch_size=8)
+    with pytest.raises(Unrewarded, match="1 successes and 0 failures"):
+        LearnerProcess(config(folders, train=train, online=None, max_updates=3)).run()
+    record(folders / "online" / "robot", contract, [Source.POLICY] * 30)
+    stop = threading.Event()
+    process = LearnerProcess(config(folders, train=train, max_updates=3), stop)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    try:
+        _until(lambda: process.looks > 2)
+        assert process.trainer.updates == 0
+        with StoreWriter.create_or_open(folders / "online" / "robot", contract) as writer:
+            shapes = {key: (20, *f.shape) for key, f in contract.vectors.items()}
+            zeros = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+            writer.write_episode("reach", zeros, np.zeros((20, 4)), outcome=Outcome.FAILURE)
+        _until(lambda: process.trainer.updates == 3)
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_stores_of_another_cell_are_refused(folders: Path, contract: Contract):
+    other = contract.model_copy(update={"control_hz": contract.control_hz / 2})
+    with pytest.raises(ContractMismatch, match="control_hz"):
+        mixture(FleetView(folders / "demonstrations"), None, other, batch_size=8, online_share=0.5)
