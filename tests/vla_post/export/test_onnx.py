@@ -342,12 +342,12 @@ def test_an_operator_without_onnx_is_named(
 ):
     import torch
 
-    from vla_post.policies.flow import ChunkFlowNet
+    from vla_post.policies.flow_nets import MlpHead
 
     def strange(self: Any, context: torch.Tensor, x: torch.Tensor, time: torch.Tensor) -> Any:
         return torch.linalg.eigvalsh(x @ x.mT)[..., None] + x
 
-    monkeypatch.setattr(ChunkFlowNet, "forward", strange)
+    monkeypatch.setattr(MlpHead, "forward", strange)
     with pytest.raises(ExportError, match="eigh"):
         export_policy(folders[0], tmp_path / "x", PROBES)
 
