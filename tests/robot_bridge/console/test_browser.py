@@ -17,6 +17,7 @@ from .testbed import DEADLINE_S, until
 
 pytestmark = [pytest.mark.ros, pytest.mark.xdist_group("console"), pytest.mark.timeout(600)]
 CELL = "franka_sim"
+PLAN = ".banner[data-mode=POLICY] ~ * canvas[data-chunk]:not([data-chunk='0'])"
 STATE = "() => window.vlaConsole.live.state"
 MEASURED = "() => window.vlaConsole.live.plan.rows.at(-1).measured"
 
@@ -65,7 +66,8 @@ class Operator:
             "() => window.vlaConsole.live.state.episode?.running && window.vlaConsole.mine"
         )
         if policy:
-            self.insist(lambda: self.page.keyboard.press("p"), "POLICY")
+            # Until a plan is drawn: on a very busy machine the first one may have run out.
+            self.insist(lambda: self.page.keyboard.press("p"), PLAN)
         return self
 
     def hold(self, key="Space") -> None:
@@ -75,21 +77,21 @@ class Operator:
             self.page.keyboard.up(key)
             self.page.keyboard.down(key)
 
-        self.insist(press, "HUMAN")
+        self.insist(press, ".banner[data-mode=HUMAN]")
 
-    def insist(self, act, mode) -> None:
+    def insist(self, act, selector) -> None:
         """Again, as a person would: on a very busy machine a command may come too late."""
         self.page.evaluate("() => document.activeElement.blur()")
 
         def there() -> bool:
             act()
             try:
-                self.page.wait_for_selector(f".banner[data-mode={mode}]", timeout=5000)
+                self.page.wait_for_selector(selector, timeout=5000, state="attached")
             except PlaywrightTimeout:
                 return False
             return True
 
-        until(there, mode)
+        until(there, selector)
 
 
 @pytest.fixture
@@ -111,7 +113,6 @@ def person(site, chrome):
 
 def test_take_over_jog_blur_and_release(person):
     ann = person().ready().take().start()
-    ann.page.wait_for_selector("canvas[data-chunk]:not([data-chunk='0'])", state="attached")
     before = ann.joint()
     ann.hold()
     ann.page.keyboard.down("q")
