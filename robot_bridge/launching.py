@@ -92,7 +92,8 @@ def fleet_config(given: Mapping[str, str]) -> FleetConfig:
     """Raises ValueError for what the arguments cannot mean."""
     domain = given.get("first_domain", "")
     return FleetConfig(
-        cell=cell_config(given, simulated=True),
+        # One console shows all cells of a fleet: `vla-post console`.
+        cell=cell_config({**given, "console": "false"}, simulated=True),
         cells=int(given["cells"]),
         operators=int(given["operators"]),
         first_domain=int(domain) if domain else None,

@@ -121,7 +121,7 @@ def test_take_over_jog_blur_and_release(person):
         arg=[before],
     )
     assert ann.page.text_content(".clutch").startswith("Clutch closed")
-    assert ann.page.get_attribute("[data-do=hold]", "aria-pressed") == ""
+    assert ann.page.get_attribute("[data-do=hold]", "aria-pressed") == "true"
     # The window loses focus with both keys still down.
     ann.page.evaluate("() => window.dispatchEvent(new Event('blur'))")
     ann.mode("HOLD")

@@ -279,7 +279,7 @@ export class Live {
   }
 
   showHold() {
-    attribute(this.holdButton, "aria-pressed", this.app.driver.held);
+    attribute(this.holdButton, "aria-pressed", String(this.app.driver.held));
     attribute(this.element, "data-held", this.app.driver.held);
     if (this.state) this.showClutch(this.state);
   }
