@@ -117,9 +117,9 @@ class TestGamepad:
 
 
 class TestSpaceMouse:
-    # The first reports of a tap on a SpaceNavigator's top, as its owner printed /dev/hidraw2 in
-    # https://stackoverflow.com/q/32189954 ("reverse engineering SpaceNavigator ... data stream");
-    # before it, a click of the left button.
+    # A click of the left button, and the first reports of a tap on a SpaceNavigator's top, as its
+    # owner printed /dev/hidraw2 (T. Wellman, "How to get started reverse engineering SpaceNavigator
+    # peripheral data stream?", read at codedump.io/share/milpUqOhESZ8).
     CLICK = ("03 01 00", "03 00 00")
     TAP = (
         "01 f8 ff 14 00 55 00", "02 00 00 15 00 00 00",

@@ -28,9 +28,10 @@ class Session:
         self.sent: np.ndarray | None = None
         self.mode = Mode.POLICY
         self.said: list[OperatorAction] = []
+        self.attended = True
 
     def tick(self, policy: str) -> OperatorAction:
-        said = self.operator.step(self.info["scene"], self.sent, self.mode)
+        said = self.operator.step(self.info["scene"], self.sent, self.mode, attended=self.attended)
         self.said.append(said)
         if said.command is not None:
             self.mode, self.sent = Mode.HUMAN, said.command
@@ -61,6 +62,22 @@ def test_a_good_policy_is_left_alone_and_its_success_is_labelled_once():
     assert [r for _, r in session.requests()] == [Request.SUCCESS]
     assert not any(said.deadman for said in session.said)
     assert session.operator.takeovers == 0
+
+
+def test_in_a_fleet_the_takeover_waits_until_somebody_is_there():
+    session = Session(EAGER)
+    session.attended = False
+    for _ in range(25):
+        assert not session.tick("away").deadman
+    assert session.operator.wants_attention
+    assert session.requests() == []
+    session.attended = True
+    assert session.tick("away").requests == (Request.INTERVENE,)
+    assert session.operator.wants_attention  # for as long as it drives
+    while Request.RELEASE not in session.tick("good").requests:
+        assert session.operator.wants_attention
+        assert len(session.said) < 200
+    assert not session.operator.wants_attention
 
 
 def test_drift_is_answered_after_patience_window_and_reaction():
