@@ -416,6 +416,11 @@ class _Ward:
     SILENCE_S = 2.0
     """Without an answer for this long an active node counts as lost. DDS itself takes 5 s to miss
     a killed process, and never misses a hung one."""
+    LOST_S = 5.0
+    """A transition was lost, with the process that was asked, when a node has answered other
+    questions without a pause for so long and not this one. One that is busy (loading a policy takes
+    minutes on a busy machine) answers nothing; asking it again would end in a transition that is
+    not allowed any more, which ends the node."""
 
     def __init__(self, node: SupervisorNode, name: str) -> None:
         self.name, self._node = name, node
@@ -425,6 +430,8 @@ class _Ward:
         self._asked_at = self._changed_at = -1e9
         self._question: Any = None
         self._asking = self._changing = False
+        self._answers_since = self._answered_at = -1e9
+        """It answers without a pause from then to then."""
 
     @property
     def active(self) -> bool:
@@ -454,6 +461,10 @@ class _Ward:
         self._asking = False
         if future.result() is None:
             return
+        now = monotonic_s()
+        if now - self._answered_at > self.SILENCE_S or self._answers_since < self._changed_at:
+            self._answers_since = now
+        self._answered_at = now
         state = future.result().current_state.id
         if state == self.state:
             return
@@ -475,7 +486,8 @@ class _Ward:
             State.PRIMARY_STATE_INACTIVE: Transition.TRANSITION_ACTIVATE,
         }.get(self.state)
         now = monotonic_s()
-        if transition is None or (self._changing and now - self._changed_at < 120.0):
+        answers_for_s = self._answered_at - max(self._answers_since, self._changed_at)
+        if transition is None or (self._changing and answers_for_s < self.LOST_S):
             return
         if now - self._changed_at < 0.5 and not self._changing and self._failed:
             return  # it refused just now; its own log says why
