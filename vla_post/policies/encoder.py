@@ -1,8 +1,8 @@
 """A policy's own encoder of an observation, as a module that can be copied and averaged.
 
-The vision tower where there is one, the state's first layer in `chunk_flow`, else everything that
-the policy computes from an observation alone. Scorers of transitions look through it, so it does
-not see the instruction where that can be left out. B batch, F feature size.
+SmolVLA's vision tower, the state's first layer in a `chunk_flow` without cameras, else everything
+that the policy computes from an observation alone. Scorers of transitions look through it, so it
+does not see the instruction where that can be left out. B batch, F feature size.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,8 @@ def observation_encoder(policy: "LeRobotPolicy") -> ObservationEncoder:
     def inputs(observation: Observation, instruction: list[str]) -> dict[str, Any]:
         return policy.preprocess(dict(observation) | {"task": list(instruction)})
 
-    if policy.kind == "chunk_flow":
+    config = module.config
+    if policy.kind == "chunk_flow" and config.head == "mlp" and not config.image_features:
         keys: list[str] = module.config.vector_keys
 
         def vectors(observation: Observation, instruction: list[str]) -> Tensor:

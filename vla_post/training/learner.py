@@ -26,6 +26,7 @@ from vla_post.export.registry import Registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, rows_by
 from vla_post.training.metrics import MetricsLog
+from vla_post.training.operation import operation
 from vla_post.training.trainer import TrainConfig, Trainer
 
 log = logging.getLogger("vla_post.learner")
@@ -56,6 +57,11 @@ class LearnerConfig:
     max_reuse: float = 40.0
     """How often each online step may be drawn on average before the learner waits for more.
     Keeps a fast learner from memorising what a slow robot gave it."""
+    round_episodes: int = 0
+    """Batch mode: wait until robots have finished so many new episodes, make `round_updates`
+    updates, publish, and wait again. 0 trains continuously, while they work."""
+    round_updates: int = 500
+    """Of a round in batch mode; `max_reuse` and the periods of publishing do not apply there."""
     max_updates: int = 0
     """Stop after so many; 0 goes on until it is told to stop."""
     resume: bool = False
@@ -73,6 +79,13 @@ class LearnerConfig:
             )
         if self.publish_s < 0 or self.publish_updates < 1 or self.refresh_s <= 0:
             raise ValueError("publish_s, publish_updates and refresh_s must be positive")
+        if self.round_episodes < 0 or self.round_updates < 1:
+            raise ValueError(
+                f"round_episodes {self.round_episodes}, round_updates {self.round_updates}: "
+                "expected 0 or more episodes, and at least 1 update"
+            )
+        if self.round_episodes and self.online is None:
+            raise ValueError("round_episodes waits for robots' episodes; give --online")
 
 
 class LearnerProcess:
@@ -95,10 +108,16 @@ class LearnerProcess:
         self._drawn = 0.0
         self._parent: int | None = None
         self._published_at = 0
+        self._round_left = 0
+        """Batch mode: updates until this round is over."""
+        self._trained_episodes = 0
+        """Batch mode: finished episodes when the last round began."""
         if resuming:
             extra = self.trainer.resume(self._state)
             self._drawn, self._parent = float(extra["drawn"]), extra["parent"]
             self._published_at = self.trainer.updates
+            self._round_left = int(extra.get("round_left", 0))
+            self._trained_episodes = int(extra.get("trained_episodes", 0))
         self._sampler: ChunkSampler | None = None
         self._online: FleetView | None = None
         self._rows = 0
@@ -126,7 +145,16 @@ class LearnerProcess:
             finally:
                 if self.trainer.updates > self._published_at:
                     self._publish(metrics)
-                self.trainer.save(self._state, {"drawn": self._drawn, "parent": self._parent})
+                self._told_operation(metrics)
+                self.trainer.save(
+                    self._state,
+                    {
+                        "drawn": self._drawn,
+                        "parent": self._parent,
+                        "round_left": self._round_left,
+                        "trained_episodes": self._trained_episodes,
+                    },
+                )
                 if self._sampler is not None:
                     self._sampler.close()
         return self.trainer.updates
@@ -164,9 +192,15 @@ class LearnerProcess:
                 }
             )
             waited_s = 0.0
-            due = time.monotonic() - self._published_s >= config.publish_s
-            if due and self.trainer.updates - self._published_at >= config.publish_updates:
+            if config.round_episodes:
+                self._round_left -= 1
+                due = self._round_left == 0
+            else:
+                due = time.monotonic() - self._published_s >= config.publish_s
+                due &= self.trainer.updates - self._published_at >= config.publish_updates
+            if due:
                 self._publish(metrics)
+                self._told_operation(metrics)
 
     def _look(self) -> None:
         """Sees what robots have finished recording since the last time."""
@@ -212,8 +246,28 @@ class LearnerProcess:
     def _may_learn(self) -> bool:
         if self._sampler is None:
             return False
+        if self.config.round_episodes:
+            return self._in_round()
         offline = self.config.online is None
         return offline or self._drawn < self.config.max_reuse * self._rows
+
+    def _in_round(self) -> bool:
+        """Batch mode: inside a round, which begins when enough new episodes are there."""
+        assert self._online is not None
+        finished = len(self._online.episodes)
+        if self._round_left == 0:
+            if finished - self._trained_episodes < self.config.round_episodes:
+                return False
+            self._round_left, self._trained_episodes = self.config.round_updates, finished
+        return True
+
+    def _told_operation(self, metrics: MetricsLog) -> None:
+        """How much each version needed people so far, one line a version."""
+        if self._online is None:
+            return
+        found = operation(self._online.episodes, self.contract.control_hz)
+        for version, one in found.items():
+            metrics.write({"operation_of": version, **one.to_json()})
 
     def _publish_start(self) -> None:
         """Robots need a first version; a registry that has one keeps it."""

@@ -137,6 +137,39 @@ def test_waits_for_the_first_correction_and_for_more_after_reuse(folders: Path, 
     assert not thread.is_alive()
 
 
+def test_batch_mode_waits_for_a_round_of_episodes_then_trains_and_publishes(
+    folders: Path, contract: Contract
+):
+    stop = threading.Event()
+    process = LearnerProcess(config(folders, round_episodes=2, round_updates=30), stop)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    registry = Registry(folders / "registry")
+    robot = folders / "online" / "robot"
+    try:
+        record(robot, contract, [Source.POLICY] * 10 + [Source.HUMAN] * 10)
+        _until(lambda: registry.active() is not None)
+        looked = process.looks
+        _until(lambda: process.looks > looked + 3)
+        assert process.trainer.updates == 0, "one episode is no round"
+        record(robot, contract, [Source.HUMAN] * 10)
+        _until(lambda: len(registry.versions()) == 2)
+        looked = process.looks
+        _until(lambda: process.looks > looked + 3)
+        assert process.trainer.updates == 30
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    assert [v.learner_step for v in registry.versions()] == [0, 30]
+    told = [r for r in read_metrics(folders / "run" / "metrics.jsonl") if "operation_of" in r]
+    assert told[-1]["operation_of"] == 1
+    assert told[-1]["episodes"] == 2
+    assert told[-1]["takeovers"] == 1
+    with pytest.raises(ValueError, match="give --online"):
+        config(folders, round_episodes=2, online=None)
+
+
 def _until(condition: object, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # pyright: ignore[reportCallIssue]
