@@ -39,7 +39,7 @@ class RewardConfig:
     time_cost: float = 0.0
     """What an episode of typical length loses to the clock, spread evenly over its steps."""
     typical_steps: float = 100.0
-    """Control steps of a typical success; `typical_steps` of this module measures it."""
+    """Control steps of a typical success."""
     timeout: Literal["bootstrap", "failure"] = "bootstrap"
     """A failure whose clock ran out: its last state still has a value, or it counts as an end."""
     discount: float = 0.99
