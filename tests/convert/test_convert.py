@@ -138,6 +138,8 @@ def test_lerobot_and_back(store, tmp_path, use_videos):
         store, target, use_videos=use_videos, progress=lambda _what, done, _of: steps.append(done)
     )
     assert steps == [1, 2]
+    # Some video encoders make a root process real-time, which starves a robot beside it.
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
     dataset = LeRobotDataset("local/x", root=target)
     assert (len(dataset), dataset.meta.total_episodes, dataset.fps) == (32, 2, 20)
     item = dataset[13]

@@ -109,14 +109,19 @@ def _begin(
     wanted: list[str],
 ) -> tuple[Any, int]:
     """A dataset to write to, and how many of the wanted episodes it holds already."""
+    from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    # H.264, not lerobot's AV1: run by root, that encoder (SVT-AV1) makes the calling process and
+    # all that it starts later SCHED_FIFO 99, which takes the cores from a robot's control loop.
+    encoder = RGBEncoderConfig(vcodec="h264", crf=20)
     try:
         before = json.loads((building / SIDECAR).read_text())
         done = [e["uuid"] for e in before["episodes"]]
         same = before["contract"] == contract.to_dict() and before["videos"] == use_videos
         if done and same and done == wanted[: len(done)]:
-            return LeRobotDataset.resume(repo_id, root=building), len(done)
+            resumed = LeRobotDataset.resume(repo_id, root=building, rgb_encoder=encoder)
+            return resumed, len(done)
     except (OSError, ValueError, KeyError):
         pass  # nothing there, or killed before it could say what is
     clear_target(building, True)
@@ -127,6 +132,7 @@ def _begin(
         root=building,
         robot_type=contract.robot,
         use_videos=use_videos,
+        rgb_encoder=encoder,
     )
     return made, 0
 
