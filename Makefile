@@ -9,7 +9,7 @@ setup:
 	@scripts/bootstrap
 
 test: setup lint
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-long: setup
 	$(PY) -m pytest -m long $(ARGS)

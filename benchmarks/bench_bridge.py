@@ -134,6 +134,12 @@ def drive(out: Path) -> None:
         position[:] = message.points[0].positions
 
     node.create_subscription(JointTrajectory, "command", obey, reliable(10))
+    # Sent before anybody knows of it is not lost, but would count as published.
+    while not all(eye.get_subscription_count() for eye in eyes) or (
+        joints.get_subscription_count() < 2
+    ):
+        time.sleep(0.05)
+    time.sleep(1.0)
     node.create_timer(1 / JOINT_HZ, say_joints, clock=STEADY)
     for camera in range(len(CAMERAS)):
         node.create_timer(1 / CAMERA_HZ, lambda c=camera: say_frame(c), clock=STEADY)

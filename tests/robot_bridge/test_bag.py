@@ -59,6 +59,7 @@ def test_bags_hold_what_was_sent_and_a_killed_one_is_read_up_to_the_cut(tmp_path
         cell.until(lambda: cell.group.pids().get("bag", old) != old, "its successor")
         cell.until(lambda: len(files(cell)) == 2, "the second file")
         cell.up()
+        cell.until(lambda: files(cell)[1].stat().st_size > 300_000, "a chunk of the successor")
         cell.end_episode()
     whole = files(cell)[1]
     with whole.open("rb") as file:

@@ -83,6 +83,7 @@ def test_a_shadow_is_compared_with_the_active_policy_and_moves_nothing(cell):
 
 def test_a_version_is_adopted_between_chunks_where_the_contract_says_so(cell):
     cell.start_episode()
+    cell.ticks(1)
     cell.until(lambda: cell.executed[-1][1].startswith("policy:1#"), "the old version")
     seen = len(cell.executed)
     number = publish(cell.registry, 0.4)

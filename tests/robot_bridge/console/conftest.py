@@ -1,4 +1,4 @@
-"""One testbed for all tests of the console: two real cells and the real server."""
+"""One testbed for each file of tests: two real cells and the real server."""
 
 import pytest
 
@@ -8,7 +8,7 @@ pytest.importorskip("starlette")
 from .testbed import CHROMIUM_FLAGS, Testbed, arm, chromium, stepping
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def testbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("console")
     with Testbed(folder, [arm(), stepping()]) as running:
@@ -23,7 +23,7 @@ def site(testbed):
     testbed.quiet()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chrome():
     path = chromium()
     if path is None:

@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 
 from .testbed import DEADLINE_S, until
 
-pytestmark = [pytest.mark.ros, pytest.mark.xdist_group("console")]
+pytestmark = pytest.mark.ros
 CELL = "franka_sim"
 
 

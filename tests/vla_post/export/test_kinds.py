@@ -15,7 +15,7 @@ from vla_post.export.runtime import TorchPolicy
 
 from ..policies.cells import build
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("export_kinds")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 DEMO = Path(__file__).parents[3] / "vla_post" / "recipes" / "assets" / "demo_pixels"
 

@@ -24,7 +24,7 @@ from vla_post.export.runtime import PolicyInputError, TorchPolicy, load_policy
 from vla_post.policies.build import build_policy
 from vla_post.policies.checkpoint import CheckpointError
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("export")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 SHIPPED = Path(__file__).parents[3] / "sim" / "contracts"
 CONTRACT = load_contract(SHIPPED / "metaworld_state.yaml")
