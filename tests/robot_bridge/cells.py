@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trajectory_store.contract import Contract
+from trajectory_store.contract import Contract, parse_contract
 
 BASE: dict[str, Any] = {
     "schema": "vla_post/cell/1",
@@ -90,3 +90,23 @@ def cartesian(**changes: Any) -> Contract:
         "sim": {"lockstep": True},
     }
     return Contract.model_validate(data | changes)
+
+
+def one_axis() -> Contract:
+    """The smallest lockstep cell: displacements of one axis at 100 Hz."""
+    return parse_contract("""
+schema: vla_post/cell/1
+cell: bench
+robot: arm
+control_hz: 100
+chunk_horizon: 8
+execute_steps: 4
+observations:
+  observation.state:
+    {topic: joint_states, type: sensor_msgs/JointState, names: [x], shape: [1], unit: m}
+actions:
+  action: {names: [dx], unit: m, mode: delta, limits: {position: [[-1, 1]]}}
+tasks:
+  push: {instruction: Push, time_limit_s: 5}
+sim: {lockstep: true}
+""")

@@ -3,24 +3,10 @@
 import numpy as np
 
 from robot_bridge.core.arbiter import Arbiter, Mode
-from trajectory_store.contract import parse_contract
 
-CONTRACT = parse_contract("""
-schema: vla_post/cell/1
-cell: bench
-robot: arm
-control_hz: 100
-chunk_horizon: 8
-execute_steps: 4
-observations:
-  observation.state:
-    {topic: joint_states, type: sensor_msgs/JointState, names: [x], shape: [1], unit: m}
-actions:
-  action: {names: [dx], unit: m, mode: delta, limits: {position: [[-1, 1]]}}
-tasks:
-  push: {instruction: Push, time_limit_s: 5}
-sim: {lockstep: true}
-""")
+from .cells import one_axis
+
+CONTRACT = one_axis()
 TICK = CONTRACT.dt_ns
 
 

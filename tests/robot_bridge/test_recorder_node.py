@@ -21,26 +21,12 @@ from robot_bridge.core.events import EventType, EventWriter
 from robot_bridge.dds import use_default_profile
 from robot_bridge.nodes.common import latched, reliable, set_stamp
 from trajectory_store import NotAStore, Outcome, Store
-from trajectory_store.contract import parse_contract
+
+from .cells import one_axis
 
 pytestmark = pytest.mark.ros
 
-CONTRACT = parse_contract("""
-schema: vla_post/cell/1
-cell: lagging
-robot: arm
-control_hz: 100
-chunk_horizon: 8
-execute_steps: 4
-observations:
-  observation.state:
-    {topic: joint_states, type: sensor_msgs/JointState, names: [x], shape: [1], unit: m}
-actions:
-  action: {names: [dx], unit: m, mode: delta, limits: {position: [[-1, 1]]}}
-tasks:
-  push: {instruction: Push, time_limit_s: 5}
-sim: {lockstep: true}
-""")
+CONTRACT = one_axis()
 TICKS = 15
 EPISODES = [str(uuid.UUID(int=number)) for number in range(1, 5)]
 PATIENCE_S = 120.0
