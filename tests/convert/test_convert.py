@@ -89,6 +89,37 @@ def test_diffusion_policy_and_back(store, tmp_path):
     assert from_zarr(tmp_path / "dp.zarr", tmp_path / "back", control_hz=20, codec="raw") == []
 
 
+def test_a_killed_conversion_to_zarr_goes_on(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("vla_post.convert.diffusion_policy.ROWS", 8)
+    target, partial = tmp_path / "dp.zarr", tmp_path / ".dp.zarr.partial"
+    began: list[int] = []
+
+    def stop(_what: str, done: int, _of: int) -> None:
+        began.append(done)
+        if done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_zarr(store, target, progress=stop)
+    assert not target.exists()
+    # As a kill in the middle of a write leaves it: the next chunk is there, and cut.
+    whole = (partial / "data/action/1.0").read_bytes()
+    (partial / "data/action/2.0").write_bytes(whole[: len(whole) // 2])
+    began.clear()
+    to_zarr(store, target, progress=lambda _w, done, _of: began.append(done))
+    assert began == [16, 24, 32]
+    root = zarr.open_group(str(target), mode="r")
+    for key, name in {FRONT: "images_front", "action": "action", "stamp_ns": "stamp_ns"}.items():
+        np.testing.assert_array_equal(root[f"data/{name}"][:], store.read(key, slice(None)))
+    # Other episodes, or a folder that cannot say what it holds: from the beginning.
+    for attributes in ('{"rows_written": 16}', '{"rows_wri'):
+        target.rename(partial)
+        (partial / ".zattrs").write_text(attributes)
+        began.clear()
+        to_zarr(store, target, progress=lambda _w, done, _of: began.append(done))
+        assert began[0] == 0
+
+
 def test_a_foreign_zarr_with_float_images(tmp_path):
     root = zarr.open_group(str(tmp_path / "pusht.zarr"), mode="w", zarr_format=2)
     image = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3)).astype(np.float32)

@@ -2,7 +2,7 @@
 in."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
@@ -27,7 +27,8 @@ def to_zarr(
     """Writes `data/action`, `data/<feature less "observation.">` and `meta/episode_ends` (zarr v2).
 
     Also `data/source`, `data/stamp_ns`, `data/reward`. Images become decoded uint8 arrays, as that
-    format wants. Written beside `target` and renamed when whole.
+    format wants. Written beside `target` and renamed when whole; after an interruption or a kill, a
+    second call with the same episodes goes on.
 
     Raises:
         ConversionError, FeatureMissing
@@ -39,42 +40,54 @@ def to_zarr(
     target = Path(target)
     clear_target(target, force)
     building = target.with_name(f".{target.name}.partial")
-    clear_target(building, True)
-    root = zarr.open_group(str(building), mode="w", zarr_format=2)
-    total = sum(len(e) for e in chosen)
+    rows = np.concatenate([np.arange(e.first_row, e.first_row + len(e)) for e in chosen])
     names = {k: k.removeprefix("observation.") for k in store.contract.observations}
     names |= {k: k for k in ("action", "source", "stamp_ns", "reward")}
+    names = {k: name.replace(".", "_") for k, name in names.items()}
+    plan = {
+        "contract": store.contract.sha256,
+        "episodes": [e.uuid for e in chosen],
+        "tasks": [e.task for e in chosen],
+        "outcomes": [str(e.outcome) for e in chosen],
+    }
+    root, done = _begin(building, store, names, len(rows), plan)
+    # By whole chunks of the target, so that one which a kill has cut is written anew.
+    for start in range(done, len(rows), ROWS):
+        progress(target.name, start, len(rows))
+        some = slice(start, start + ROWS)
+        for key, name in names.items():
+            root[f"data/{name}"][some] = store.read(key, rows[some])
+        root.attrs["rows_written"] = min(start + ROWS, len(rows))
+    ends = np.cumsum([len(e) for e in chosen]).astype(np.int64)
+    root.require_group("meta").create_array("episode_ends", data=ends, overwrite=True)
+    building.replace(target)
+    progress("", len(rows), len(rows))
+    return [e.uuid for e in chosen]
+
+
+def _begin(
+    building: Path, store: Store, names: dict[str, str], total: int, plan: dict[str, Any]
+) -> tuple[Any, int]:
+    """The group to write to, and how many of its rows are there already."""
+    try:
+        root = zarr.open_group(str(building), mode="r+")
+        found = dict(root.attrs)
+        if {k: found[k] for k in plan} == plan and all(f"data/{n}" in root for n in names.values()):
+            return root, int(cast(int, found["rows_written"]))
+    except (OSError, ValueError, KeyError):
+        pass  # nothing there, or killed before it could say what is
+    clear_target(building, True)
+    root = zarr.open_group(str(building), mode="w", zarr_format=2)
     data = root.create_group("data")
     for key, name in names.items():
         if key in store.frames:
             shape, dtype = store.frames[key].feature.shape, store.frames[key].numpy
         else:
             shape, dtype = store.columns[key].shape, store.columns[key].numpy
-        data.create_array(
-            name.replace(".", "_"),
-            shape=(total, *shape),
-            chunks=(1 if key in store.frames else ROWS, *shape),
-            dtype=dtype,
-        )
-    at = 0
-    for e in chosen:
-        progress(e.uuid, at, total)
-        for start in range(0, len(e), ROWS):
-            stop = min(start + ROWS, len(e))
-            rows = slice(e.first_row + start, e.first_row + stop)
-            for key, name in names.items():
-                array: Any = data[name.replace(".", "_")]
-                array[at + start : at + stop] = store.read(key, rows)
-        at += len(e)
-    meta = root.create_group("meta")
-    ends = np.cumsum([len(e) for e in chosen]).astype(np.int64)
-    meta.create_array("episode_ends", data=ends)
-    root.attrs["episodes"] = [e.uuid for e in chosen]
-    root.attrs["tasks"] = [e.task for e in chosen]
-    root.attrs["outcomes"] = [str(e.outcome) for e in chosen]
-    building.replace(target)
-    progress("", total, total)
-    return [e.uuid for e in chosen]
+        rows = 1 if key in store.frames else ROWS
+        data.create_array(name, shape=(total, *shape), chunks=(rows, *shape), dtype=dtype)
+    root.attrs.update(plan | {"rows_written": 0})
+    return root, 0
 
 
 def from_zarr(

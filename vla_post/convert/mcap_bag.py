@@ -9,10 +9,12 @@ interrupted.
 import bisect
 import json
 import logging
+import os
 import struct
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import numpy as np
@@ -26,10 +28,50 @@ log = logging.getLogger(__name__)
 MAGIC = b"\x89MCAP0\r\n"
 
 
+class _Pictures:
+    """Images of the running episode in a temporary file, so that a bag need not fit in memory."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="from_mcap_")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, image: bytes | np.ndarray) -> "_Picture":
+        at = self._file.seek(0, os.SEEK_END)
+        data = image if isinstance(image, bytes) else image.tobytes()
+        self._file.write(data)
+        like = None if isinstance(image, bytes) else (image.shape, image.dtype)
+        return _Picture(at, len(data), like)
+
+    def get(self, picture: "_Picture") -> bytes | np.ndarray:
+        self._file.seek(picture.at)
+        data = self._file.read(picture.size)
+        if picture.like is None:
+            return data
+        shape, dtype = picture.like
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def clear(self) -> None:
+        self._file.truncate(0)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    at: int
+    size: int
+    like: tuple[tuple[int, ...], np.dtype[Any]] | None
+    """Shape and type; None for an encoded image."""
+
+
 @dataclass
 class _Bag:
     """Samples since the running episode began, by feature; ticks; events."""
 
+    pictures: _Pictures
     samples: dict[str, list[tuple[int, Any]]] = field(default_factory=dict[str, list[Any]])
     ticks: list[tuple[int, np.ndarray, Source, int]] = field(default_factory=list[Any])
     """(stamp, command, source, policy version)"""
@@ -57,7 +99,8 @@ def from_mcap(
     path = files[0]
     whole = task or (next(iter(contract.tasks)) if len(contract.tasks) == 1 else "")
     written: list[str] = []
-    with StoreWriter.create_or_open(target, contract, writer="from_mcap") as writer:
+    opened = StoreWriter.create_or_open(target, contract, writer="from_mcap")
+    with opened as writer, _Pictures() as pictures:
         present = {e.uuid for e in Store(target).table}
 
         def finish(bag: _Bag, start: dict[str, Any], ending: Outcome) -> None:
@@ -73,7 +116,11 @@ def from_mcap(
                 _write(writer, contract, bag, uuid, name, start, ending)
                 written.append(uuid)
 
-        bag, start, cut = _Bag(), dict[str, Any](), False
+        def fresh() -> _Bag:
+            pictures.clear()
+            return _Bag(pictures)
+
+        bag, start, cut = fresh(), dict[str, Any](), False
         has_events = False
         size, before = sum(f.stat().st_size for f in files), 0
         for file in files:
@@ -85,10 +132,10 @@ def from_mcap(
                         continue
                     event = json.loads(message.data)
                     if event.get("type") == "episode_start":
-                        bag, start, has_events = _Bag(), event, True
+                        bag, start, has_events = fresh(), event, True
                     elif event.get("type") == "episode_end" and start:
                         finish(bag, start, Outcome(event.get("outcome", "aborted")))
-                        bag, start = _Bag(), {}
+                        bag, start = fresh(), {}
             except _CutOff as error:
                 log.warning("%s: read up to the cut (%s)", file, error)
                 cut = True
@@ -197,6 +244,8 @@ def _take(contract: Contract, bag: _Bag, topic: str, kind: str, message: Any, lo
         if short == feature.topic or topic == feature.topic:
             value = _value(feature, message)
             if value is not None:
+                if feature.is_image:
+                    value = bag.pictures.put(value)
                 bag.samples.setdefault(key, []).append((_stamp(message, logged), value))
 
 
@@ -261,7 +310,9 @@ def _write(
         for key, feature in contract.observations.items():
             sample = _aligned(feature, stamps[key], series[key], stamp)
             if sample is not None:
-                seen[key], observation[key] = sample
+                seen[key], value = sample
+                is_picture = isinstance(value, _Picture)
+                observation[key] = bag.pictures.get(value) if is_picture else value
         writer.append(
             Tick(
                 observation,
