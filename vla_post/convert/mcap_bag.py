@@ -32,7 +32,7 @@ class _Pictures:
     """Images of the running episode in a temporary file, so that a bag need not fit in memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="from_mcap_")
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
 
     def __enter__(self) -> Self:
         return self
