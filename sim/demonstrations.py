@@ -59,6 +59,7 @@ def write_demonstrations(
     episodes_per_task: int = 5,
     seed: int = 0,
     noise: float = 0.0,
+    failures: bool = False,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> int:
     """Adds successful demonstrations of each task to the store at `store`, made if it is missing.
@@ -66,6 +67,7 @@ def write_demonstrations(
     Args:
         tasks: all of the contract's by default.
         noise: standard deviation of the commands, in units of half the action's range.
+        failures: keep what failed too, as part of `episodes_per_task`: data to learn values from.
 
     Returns:
         The number of rows written, all of them committed.
@@ -77,7 +79,8 @@ def write_demonstrations(
     rows = 0
     with StoreWriter.create_or_open(store, contract, writer=OPERATOR) as writer:
         for task in tasks if tasks is not None else contract.tasks:
-            for episode in _successes(contract, task, episodes_per_task, seed, noise):
+            some = _attempts if failures else _successes
+            for episode in some(contract, task, episodes_per_task, seed, noise):
                 write_episode(writer, episode, operator=OPERATOR)
                 rows += len(episode)
                 if on_episode is not None:
@@ -154,5 +157,16 @@ def _successes(contract: Contract, task: str, n: int, seed: int, noise: float) -
                         f"the script of {task!r} failed {failed} of {found + failed} scenes within "
                         f"{contract.task(task).time_limit_s} s; raise the task's time limit"
                     )
+    finally:
+        cell.close()
+
+
+def _attempts(contract: Contract, task: str, n: int, seed: int, noise: float) -> Iterator[Episode]:
+    """The same scenes, whatever came of them."""
+    expert = make_expert(contract, task)
+    cell = make_cell(contract, task)
+    try:
+        for number in range(n):
+            yield demonstrate(cell, expert, task, seed + number, noise=noise)
     finally:
         cell.close()

@@ -24,6 +24,7 @@ COMMANDS = {
     "ptr": ("vla_post.cli.ptr:ptr_command", "which chunks PTR trusts, and what they look like"),
     "critic": ("vla_post.cli.critic:critic_command", "what a critic says of recorded episodes"),
     "study": ("vla_post.cli.study:study_command", "compare learners, as in docs/experiments.md"),
+    "data": ("vla_post.cli.data:data_command", "make data sets: locomotion, noisy experts, D4RL"),
     "eval": ("vla_post.cli.evaluate:Evaluate", "compare two policies on the same seeds"),
     "export": ("vla_post.cli.export:Export", "checkpoint to ONNX, proven equal"),
     "serve": ("vla_post.cli.serve:Serve", "a policy for robots on other machines"),
