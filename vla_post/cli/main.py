@@ -21,6 +21,7 @@ COMMANDS = {
     "teleop": ("vla_post.cli.teleop:TeleopCommand", "drive with keyboard, gamepad, SpaceMouse"),
     "console": ("vla_post.cli.console:Console", "the operator's web page for cells"),
     "train": ("vla_post.cli.train:train_command", "train a policy from stores, by recipe"),
+    "uni-o4": ("vla_post.cli.uni_o4:uni_o4_command", "one objective, offline and then online"),
     "ptr": ("vla_post.cli.ptr:ptr_command", "which chunks PTR trusts, and what they look like"),
     "critic": ("vla_post.cli.critic:critic_command", "what a critic says of recorded episodes"),
     "study": ("vla_post.cli.study:study_command", "compare learners, as in docs/experiments.md"),

@@ -101,7 +101,14 @@ class EnsembleMlp(nn.Module):
     """K separate MLPs over the same inputs: (N, in) -> (N, K, out)."""
 
     def __init__(
-        self, members: int, inputs: int, outputs: int, width: int, layers: int, layer_norm: bool
+        self,
+        members: int,
+        inputs: int,
+        outputs: int,
+        width: int,
+        layers: int,
+        layer_norm: bool,
+        activation: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
         self.members = members
@@ -110,7 +117,7 @@ class EnsembleMlp(nn.Module):
             blocks.append(EnsembleLinear(members, inputs if layer == 0 else width, width))
             if layer_norm:
                 blocks.append(EnsembleNorm(members, width))
-            blocks.append(nn.GELU())
+            blocks.append(activation())
         blocks.append(EnsembleLinear(members, width if layers else inputs, outputs))
         self.blocks = nn.Sequential(*blocks)
 

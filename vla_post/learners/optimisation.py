@@ -57,7 +57,7 @@ class GuardedAdamW:
         """
         self.adamw.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = self.clip()
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteLoss(
                 f"loss {loss.item()} and gradient norm {norm.item()} at update {self.updates}; the "
@@ -70,6 +70,10 @@ class GuardedAdamW:
             group["lr"] = rate
         self.adamw.step()
         return {"loss": float(loss.detach()), "grad_norm": float(norm), "learning_rate": rate}
+
+    def clip(self) -> Float[Tensor, ""]:
+        """Shortens the gradient to `max_grad_norm`; returns its length before."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "optimizer": self.adamw.state_dict()}
