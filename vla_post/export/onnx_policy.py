@@ -19,9 +19,8 @@ from vla_post.export.card import (
     read_policy_card,
 )
 from vla_post.export.runtime import (
+    LoadedPolicy,
     PolicyInputError,
-    StoredObservation,
-    check_observation,
     draw_noise,
 )
 from vla_post.policies.checkpoint import CheckpointError
@@ -33,7 +32,7 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecution
 log = logging.getLogger(__name__)
 
 
-class OnnxPolicy:
+class OnnxPolicy(LoadedPolicy):
     """See `vla_post.export.runtime.ChunkPolicy`.
 
     Args:
@@ -100,42 +99,22 @@ class OnnxPolicy:
         if self._prove:
             self._check_example(path)
 
-    # The `ChunkPolicy` noun ---------------------------------------------------------------------
+    @property
+    def any_batch(self) -> bool:
+        return self.card.dynamic_batch
 
-    def act(
+    def _chunks(
         self,
-        observation: StoredObservation,
-        instruction: str,
-        seed: int = 0,
-        *,
-        previous: Float[np.ndarray, "k A"] | None = None,
-        delay: int = 0,
-    ) -> Float[np.ndarray, "H A"]:
-        check_observation(observation, self._shapes, lead=0)
-        feeds = {key: observation[key][None] for key in self.observation_keys}
-        noise = draw_noise(np.array([seed]), self.horizon, self.card.noise_size)
-        feeds |= self._tokens(instruction) | self._overlap(previous, delay, 1) | {"noise": noise}
-        return self._run(feeds)[0]
-
-    def act_batch(
-        self,
-        observation: StoredObservation,
+        observation: dict[str, np.ndarray],
         instructions: Sequence[str],
         seeds: Int[np.ndarray, " B"],
+        previous: Float[np.ndarray, "k A"] | None,
+        delay: int,
     ) -> Float[np.ndarray, "B H A"]:
-        if not self.card.dynamic_batch:
-            # A graph with static shapes takes one observation, which is what a robot needs.
-            return np.stack(
-                [
-                    self.act({k: v[i] for k, v in observation.items()}, instruction, int(seeds[i]))
-                    for i, instruction in enumerate(instructions)
-                ]
-            )
-        check_observation(observation, self._shapes, lead=1)
-        feeds = {key: observation[key] for key in self.observation_keys}
         tokens = [self._tokens(instruction) for instruction in instructions]
+        feeds = dict(observation)
         feeds |= {name: np.concatenate([t[name] for t in tokens]) for name in tokens[0]}
-        feeds |= self._overlap(None, 0, len(seeds))
+        feeds |= self._overlap(previous, delay, len(seeds))
         return self._run(feeds | {"noise": draw_noise(seeds, self.horizon, self.card.noise_size)})
 
     def reload(self, path: str | Path) -> None:
@@ -161,21 +140,12 @@ class OnnxPolicy:
     ) -> dict[str, np.ndarray]:
         """The running chunk and how to follow it, as the graph takes them."""
         if not self.takes_previous:
-            if previous is not None:
-                raise PolicyInputError("this export cannot continue a running chunk; blend instead")
             return {}
         rows = np.zeros((size, self.horizon, self.action_size), np.float32)
         follow = np.zeros((size, self.horizon), np.float32)
         if previous is not None:
-            if previous.ndim != 2 or previous.shape[1] != self.action_size:
-                raise PolicyInputError(
-                    f"previous: found shape {previous.shape}, expected (rows, {self.action_size})"
-                )
-            if not np.isfinite(previous).all() or delay < 0:
-                raise PolicyInputError("previous holds NaN or infinity, or the delay is negative")
-            overlap = min(len(previous), self.horizon)
-            rows[:, :overlap] = previous[:overlap]
-            follow[:] = prefix_weights(delay, overlap, self.horizon)
+            rows[:, : len(previous)] = previous
+            follow[:] = prefix_weights(delay, len(previous), self.horizon)
         return {"previous": rows, "follow": follow}
 
     def _run(self, feeds: dict[str, np.ndarray]) -> Float[np.ndarray, "B H A"]:

@@ -19,7 +19,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from trajectory_store.contract import Contract, ContractMismatch
-from vla_post.export.runtime import PolicyInputError, StoredObservation, check_observation
+from vla_post.export.runtime import LoadedPolicy, PolicyInputError
 from vla_post.export.wire import (
     MAX_BYTES,
     PROTOCOL,
@@ -49,7 +49,7 @@ class RemoteRefused(RemoteError):
     """The server is there and will not serve us: token, contract or protocol."""
 
 
-class RemotePolicy:
+class RemotePolicy(LoadedPolicy):
     """See `vla_post.export.runtime.ChunkPolicy`.
 
     Args:
@@ -94,27 +94,25 @@ class RemotePolicy:
         self.contract_sha256 = self._card.contract_sha256
         self.takes_previous = self._card.takes_previous
 
-    # The `ChunkPolicy` noun ---------------------------------------------------------------------
+    @property
+    def any_batch(self) -> bool:
+        return False
 
-    def act(
+    def _chunks(
         self,
-        observation: StoredObservation,
-        instruction: str,
-        seed: int = 0,
-        *,
-        previous: Float[np.ndarray, "k A"] | None = None,
-        delay: int = 0,
-    ) -> Float[np.ndarray, "H A"]:
+        observation: dict[str, np.ndarray],
+        instructions: Sequence[str],
+        seeds: Int[np.ndarray, " B"],
+        previous: Float[np.ndarray, "k A"] | None,
+        delay: int,
+    ) -> Float[np.ndarray, "B H A"]:
         """Raises RemoteError beside what every policy raises."""
-        check_observation(observation, self._shapes, lead=0)
-        if previous is not None and not self.takes_previous:
-            raise PolicyInputError("this policy cannot continue a running chunk; blend instead")
         self._count += 1
         request = Act(
             id=self._count,
-            observation=arrays({key: observation[key] for key in self.observation_keys}),
-            instruction=instruction,
-            seed=int(seed),
+            observation=arrays({key: value[0] for key, value in observation.items()}),
+            instruction=instructions[0],
+            seed=int(seeds[0]),
             previous=None if previous is None else Array.of(previous),
             delay=delay,
         )
@@ -138,20 +136,7 @@ class RemotePolicy:
                 f"{(self.horizon, self.action_size)}"
             )
         self._wire_s.append(time.monotonic() - started - answer.inference_s)
-        return chunk.copy()
-
-    def act_batch(
-        self,
-        observation: StoredObservation,
-        instructions: Sequence[str],
-        seeds: Int[np.ndarray, " B"],
-    ) -> Float[np.ndarray, "B H A"]:
-        return np.stack(
-            [
-                self.act({k: v[i] for k, v in observation.items()}, instruction, int(seeds[i]))
-                for i, instruction in enumerate(instructions)
-            ]
-        )
+        return chunk[None].copy()
 
     def reload(self, path: str | Path) -> None:
         raise ValueError(f"{self.url}: the server chooses its policy; restart it with {path}")
@@ -199,8 +184,8 @@ class RemotePolicy:
                 f"{self.url}: no policy server ({type(error).__name__}: {str(error)[:200]}); is "
                 "`vla-post serve` running there?"
             ) from error
-        sha256 = self._contract.sha256 if self._contract is not None else ""
-        answer = self._ask(Hello(contract_sha256=sha256))
+        contract = self._contract.to_json() if self._contract is not None else ""
+        answer = self._ask(Hello(contract=contract))
         if not isinstance(answer, Card) or answer.protocol != PROTOCOL:
             self.close()
             raise RemoteRefused(f"{self.url}: speaks another protocol than {PROTOCOL}")

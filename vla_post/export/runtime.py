@@ -5,6 +5,7 @@ computer needs ONNX Runtime alone. Noise comes from numpy's generator in both, s
 chunk whatever the backend. B batch, H chunk length, A action size, W the model's action width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,6 +75,102 @@ class ChunkPolicy(Protocol):
     def close(self) -> None: ...
 
 
+class LoadedPolicy(ABC):
+    """What every backend's `ChunkPolicy` shares: the checks, and one observation as a batch of one.
+
+    A backend gives chunks for a checked batch (`_chunks`), and says in `_shapes` what it takes.
+    """
+
+    observation_keys: tuple[str, ...]
+    horizon: int
+    action_size: int
+    contract_sha256: str
+    takes_previous: bool
+    _shapes: Mapping[str, Sequence[int]]
+    """Of each observation feature, without batch axis."""
+
+    @property
+    def any_batch(self) -> bool:
+        """`_chunks` takes more than one observation at once."""
+        return True
+
+    def act(
+        self,
+        observation: StoredObservation,
+        instruction: str,
+        seed: int = 0,
+        *,
+        previous: Float[np.ndarray, "k A"] | None = None,
+        delay: int = 0,
+    ) -> Float[np.ndarray, "H A"]:
+        batch = self._checked(observation, lead=0)
+        rows = self._checked_previous(previous, delay)
+        return self._chunks(batch, [instruction], np.array([seed]), rows, delay)[0]
+
+    def act_batch(
+        self,
+        observation: StoredObservation,
+        instructions: Sequence[str],
+        seeds: Int[np.ndarray, " B"],
+    ) -> Float[np.ndarray, "B H A"]:
+        batch = self._checked(observation, lead=1)
+        sizes = {len(instructions), len(seeds), *(len(value) for value in batch.values())}
+        if len(sizes) != 1:
+            raise PolicyInputError(
+                f"{len(instructions)} instructions and {len(seeds)} seeds for observations of "
+                f"{sorted({len(value) for value in batch.values()})}; expected one size"
+            )
+        if self.any_batch:
+            return self._chunks(batch, instructions, seeds, None, 0)
+        # What takes one observation at a time is made for a robot, which needs no more.
+        return np.concatenate(
+            [
+                self._chunks(
+                    {key: value[i : i + 1] for key, value in batch.items()},
+                    [instruction],
+                    seeds[i : i + 1],
+                    None,
+                    0,
+                )
+                for i, instruction in enumerate(instructions)
+            ]
+        )
+
+    @abstractmethod
+    def _chunks(
+        self,
+        observation: dict[str, np.ndarray],
+        instructions: Sequence[str],
+        seeds: Int[np.ndarray, " B"],
+        previous: Float[np.ndarray, "k A"] | None,
+        delay: int,
+    ) -> Float[np.ndarray, "B H A"]:
+        """For a checked batch with a batch axis; `previous`, at most a horizon of rows, comes with
+        a batch of one."""
+        ...
+
+    def _checked(self, observation: StoredObservation, lead: int) -> dict[str, np.ndarray]:
+        """What the policy reads, with a batch axis; views, no copies."""
+        check_observation(observation, self._shapes, lead)
+        seen = {key: np.asarray(observation[key]) for key in self.observation_keys}
+        return seen if lead else {key: value[None] for key, value in seen.items()}
+
+    def _checked_previous(
+        self, previous: Float[np.ndarray, "k A"] | None, delay: int
+    ) -> Float[np.ndarray, "k A"] | None:
+        if previous is None:
+            return None
+        if not self.takes_previous:
+            raise PolicyInputError("this policy cannot continue a running chunk; blend instead")
+        if previous.ndim != 2 or previous.shape[1] != self.action_size:
+            raise PolicyInputError(
+                f"previous: found shape {previous.shape}, expected (rows, {self.action_size})"
+            )
+        if not np.isfinite(previous).all() or delay < 0:
+            raise PolicyInputError("previous holds NaN or infinity, or the delay is negative")
+        return previous[: self.horizon].astype(np.float32)
+
+
 def load_policy(
     path: str | Path,
     backend: Backend = "auto",
@@ -138,19 +235,20 @@ def check_observation(
             raise PolicyInputError(
                 f"the observation lacks {key!r}; the policy needs {', '.join(shapes)}"
             )
-        dtype = observation[key].dtype
+        value = np.asarray(observation[key])
+        dtype = value.dtype
         if len(shape) == 3 and dtype != np.uint8:
             raise PolicyInputError(f"{key}: found pictures of {dtype}, expected uint8 as stored")
         if len(shape) != 3 and not np.issubdtype(dtype, np.floating):
             raise PolicyInputError(f"{key}: found numbers of {dtype}, expected float32 as stored")
-        found = observation[key].shape[lead:]
+        found = value.shape[lead:]
         if tuple(found) != tuple(shape):
             raise PolicyInputError(f"{key}: found shape {found}, expected {tuple(shape)}")
-        if dtype != np.uint8 and not np.isfinite(observation[key]).all():
+        if dtype != np.uint8 and not np.isfinite(value).all():
             raise PolicyInputError(f"{key}: holds NaN or infinity")
 
 
-class TorchPolicy:
+class TorchPolicy(LoadedPolicy):
     """A checkpoint through PyTorch, on the CPU or the GPU that the checkpoint's config names."""
 
     def __init__(self, path: Path, *, threads: int = 1, rtc_form: RtcForm = "identity") -> None:
@@ -173,49 +271,25 @@ class TorchPolicy:
         self._describe()
         self._warm_up()
 
-    def act(
+    def _chunks(
         self,
-        observation: StoredObservation,
-        instruction: str,
-        seed: int = 0,
-        *,
-        previous: Float[np.ndarray, "k A"] | None = None,
-        delay: int = 0,
-    ) -> Float[np.ndarray, "H A"]:
-        batch = {key: observation[key][None] for key in self.observation_keys if key in observation}
-        rows = None if previous is None else previous[None]
-        return self._act(batch, [instruction], np.array([seed]), rows, delay)[0]
-
-    def act_batch(
-        self,
-        observation: StoredObservation,
+        observation: dict[str, np.ndarray],
         instructions: Sequence[str],
         seeds: Int[np.ndarray, " B"],
-    ) -> Float[np.ndarray, "B H A"]:
-        return self._act(observation, instructions, seeds, None, 0)
-
-    def _act(
-        self,
-        observation: StoredObservation,
-        instructions: Sequence[str],
-        seeds: Int[np.ndarray, " B"],
-        previous: Float[np.ndarray, "B k A"] | None,
+        previous: Float[np.ndarray, "k A"] | None,
         delay: int,
     ) -> Float[np.ndarray, "B H A"]:
         from vla_post.batch import observation_from_numpy
         from vla_post.policies.rtc import RtcConfig
 
-        check_observation(observation, self._shapes, lead=1)
-        inputs = {key: observation[key] for key in self.observation_keys}
         noise = draw_noise(seeds, self.horizon, self.policy.noise_size)
         device = self.policy.device
+        rows = None if previous is None else self._torch.from_numpy(previous[None])
         chunk = self.policy.act(
-            observation_from_numpy(inputs, device),
+            observation_from_numpy(observation, device),
             list(instructions),
             noise=self._torch.from_numpy(noise)[:, None].to(device),
-            previous=None
-            if previous is None
-            else self._torch.from_numpy(previous.astype(np.float32)).to(device),
+            previous=None if rows is None else rows.to(device),
             delay=delay,
             rtc=RtcConfig(form=self.rtc_form),
         )

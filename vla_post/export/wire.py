@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_BYTES = 64 << 20
 """Of one message: twenty raw pictures of 1024x1024."""
 TOKEN_VARIABLE = "VLA_POST_TOKEN"
@@ -53,8 +53,8 @@ class Hello(_Message):
 
     type: Literal["hello"] = "hello"
     protocol: int = PROTOCOL
-    contract_sha256: str = ""
-    """Of the robot's cell; empty asks without a check."""
+    contract: str = Field(default="", max_length=1 << 20)
+    """Of the robot's cell, as canonical JSON; empty asks without a check."""
 
 
 class Card(_Message):

@@ -1,7 +1,10 @@
 """What `vla-post export --check` finds in any ONNX file, and that a damaged one is a finding."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -59,7 +62,7 @@ def positions() -> onnx.ModelProto:
 def run(made: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
+    session: Any = onnxruntime.InferenceSession(
         made.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     return session.run(None, feeds)
@@ -148,6 +151,45 @@ def test_a_damaged_file_is_a_finding(
     report = check_file(file)
     assert not report.ok
     assert any("cannot be read" in f.text for f in report.findings)
+
+
+FUZZ = """
+import sys
+from pathlib import Path
+import numpy as np
+from vla_post.export.check import graph_stage, onnxruntime_stage
+
+data, file = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
+random = np.random.default_rng(0)
+refused = 0
+for number in range(200):
+    broken = bytearray(data)
+    if number % 4 == 0:
+        broken = broken[: int(random.integers(len(data)))]
+    else:
+        for _ in range(number % 4):
+            broken[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+    file.write_bytes(broken)
+    found = [*graph_stage(file)[0], *onnxruntime_stage(file)[0]]
+    refused += any(f.level == "error" for f in found)
+print()
+print(refused)
+"""
+
+
+def test_damage_of_a_file_without_a_card_never_ends_a_parser(
+    positions: onnx.ModelProto, tmp_path: Path
+):
+    """It might: that is why `check_file` gives each parser a process. These 200 do not."""
+    onnx.save(positions, tmp_path / "whole.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ, str(tmp_path / "whole.onnx"), str(tmp_path / "broken.onnx")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) > 100
 
 
 def test_a_native_crash_is_a_finding_too(

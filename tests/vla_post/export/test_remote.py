@@ -25,6 +25,8 @@ from vla_post.export.remote import RemoteError, RemotePolicy, RemoteRefused
 from vla_post.export.server import PolicyServer
 from vla_post.export.wire import Act, Array, Failure, Hello, WireError, arrays, decode, encode
 
+from ...certificate import self_signed
+
 SHIPPED = Path(__file__).parents[3] / "sim" / "contracts"
 CONTRACT = load_contract(SHIPPED / "metaworld_pixels.yaml")
 TEXT = "Open a drawer"
@@ -99,8 +101,9 @@ def test_the_same_chunk_as_on_the_spot(server: PolicyServer, policy: Sums):
         assert (remote.horizon, remote.action_size) == (policy.horizon, policy.action_size)
         assert remote.contract_sha256 == CONTRACT.sha256
         previous = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+        overlaps: list[dict[str, Any]] = [{}, {"previous": previous, "delay": 2}]
         for seed in range(3):
-            for overlap in ({}, {"previous": previous, "delay": 2}):
+            for overlap in overlaps:
                 np.testing.assert_array_equal(
                     remote.act(observation(seed), TEXT, seed, **overlap),
                     policy.act(observation(seed), TEXT, seed, **overlap),
@@ -139,8 +142,9 @@ def test_a_wrong_token_or_cell_is_refused(server: PolicyServer, monkeypatch: pyt
         with pytest.raises(RemoteRefused, match="wrong or missing token"):
             RemotePolicy(server.url, token=token)
     other = load_contract(SHIPPED / "metaworld_state.yaml")
-    with pytest.raises(ContractMismatch, match="was made for contract"):
+    with pytest.raises(ContractMismatch, match="another contract") as refusal:
         RemotePolicy(server.url, token=TOKEN, contract=other)
+    assert "cell: sawyer_state -> sawyer_pixels" in str(refusal.value)
     monkeypatch.setenv("VLA_POST_TOKEN", TOKEN)
     policy = load_policy(server.url, contract=CONTRACT)
     assert policy.act(observation(), TEXT).shape == (16, 4)
@@ -214,7 +218,11 @@ def test_an_answer_that_comes_too_late_is_never_taken_for_the_next(policy: Sums)
     ids=["empty", "garbage", "nested", "text", "partial", "protocol", "wrong", "failure"],
 )
 def test_a_bad_server_is_an_error(answer: Any):
-    with serve(lambda c: [c.send(answer) for _ in c], "127.0.0.1", 0) as bad:
+    def reply(connection: Any) -> None:
+        for _ in connection:
+            connection.send(answer)
+
+    with serve(reply, "127.0.0.1", 0) as bad:
         thread = threading.Thread(target=bad.serve_forever)
         thread.start()
         port = bad.socket.getsockname()[1]
@@ -298,7 +306,7 @@ def test_an_open_server_needs_a_token_and_tls(policy: Sums, tmp_path: Path):
 
 
 def test_tls(policy: Sums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    certificate, key = _certificate(tmp_path)
+    certificate, key = self_signed(tmp_path)
     with PolicyServer(policy, CONTRACT, token=TOKEN, certificate=certificate, key=key) as server:
         url = server.url.replace("127.0.0.1", "localhost")
         assert url.startswith("wss://")
@@ -309,41 +317,6 @@ def test_tls(policy: Sums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             assert remote.act(observation(), TEXT).shape == (16, 4)
         with pytest.raises(RemoteError):
             RemotePolicy(url.replace("wss", "ws"), token=TOKEN)
-
-
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    """Self-signed, for localhost."""
-    import datetime
-
-    x509 = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    files = folder / "certificate.pem", folder / "key.pem"
-    files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    files[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return files
 
 
 def test_the_wire_needs_no_torch():
