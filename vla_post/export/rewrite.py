@@ -62,5 +62,6 @@ _SMOLVLA = "lerobot.policies.smolvla"
 _FORMULAS: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
     (f"{_SMOLVLA}.smolvlm_with_expert", "apply_rope", _rope),
     (f"{_SMOLVLA}.modeling_smolvla", "create_sinusoidal_pos_embedding", _time_embedding),
+    ("lerobot.policies.pi0.modeling_pi0", "create_sinusoidal_pos_embedding", _time_embedding),
     ("transformers.models.llama.modeling_llama", "LlamaRMSNorm.forward", _rms_norm),
 )

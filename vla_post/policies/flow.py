@@ -241,7 +241,8 @@ class ChunkFlowPolicy(PreTrainedPolicy):
         table = self.get_buffer("sentences")
         if self._more:
             table = torch.cat([table, torch.stack(self._more).to(table)])
-        return table[slot].to(dtype)
+        # Not table[slot]: that exports as GatherND, which wants int64.
+        return table.index_select(0, slot).to(dtype)
 
     def _resized(self, image: Tensor) -> Tensor:
         size = self.config.image_size
