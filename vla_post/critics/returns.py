@@ -135,6 +135,14 @@ def td_target(
     return chunk_return(reward, n, discount) + torch.where(ended, 0.0, later)
 
 
+def fill_past_end(
+    action: Float[Tensor, "B H A"], left: Integer[Tensor, " B"]
+) -> Float[Tensor, "B H A"]:
+    """Chunks whose steps past the end of their episode are another item's, at the same places."""
+    past = torch.arange(action.shape[1], device=action.device) >= left[:, None]
+    return torch.where(past[..., None], action.roll(1, dims=0), action)
+
+
 def monte_carlo_return(
     left: Integer[Tensor, " B"],
     outcome: Integer[Tensor, " B"],

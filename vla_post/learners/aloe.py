@@ -37,7 +37,7 @@ from vla_post.critics.diagnostics import critic_metrics
 from vla_post.critics.encoders import Encoder
 from vla_post.critics.ensemble import Aggregation, aggregate, polyak_
 from vla_post.critics.networks import ChunkCritic, CriticConfig, CriticInput
-from vla_post.critics.returns import RewardConfig, rewards_of, td_target
+from vla_post.critics.returns import RewardConfig, fill_past_end, rewards_of, td_target
 from vla_post.critics.saved import card_of
 from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
 from vla_post.learners.weighting import (
@@ -154,14 +154,6 @@ def aloe_advantage(
 ) -> Float[Tensor, " B"]:
     """A of Eq. A4-A6: the recorded chunk's pessimistic value over that of the policy's chunks."""
     return aggregate(data_q, how) - aggregate(policy_q, how).mean(dim=1)
-
-
-def fill_past_end(
-    action: Float[Tensor, "B H A"], left: Integer[Tensor, " B"]
-) -> Float[Tensor, "B H A"]:
-    """Chunks whose steps past the end of their episode are another item's, at the same places."""
-    past = torch.arange(action.shape[1], device=action.device) >= left[:, None]
-    return torch.where(past[..., None], action.roll(1, dims=0), action)
 
 
 class Aloe:
@@ -291,6 +283,15 @@ class Aloe:
         seen = self.encoder(observation, instruction)
         sampled = self._sample(self.judged, observation, instruction, self.config.value_samples)
         return aggregate(self.critic(seen, sampled), self.config.pessimism).mean(dim=1)
+
+    @torch.no_grad()
+    def judge(
+        self, policy: Policy, batch: Batch, noise: Float[Tensor, "B S H W"]
+    ) -> Float[Tensor, " B"]:
+        """Pessimistic Q of the chunks that a policy makes of `noise`, for the registry's gate."""
+        seen = self.encoder(batch.observation, batch.instruction)
+        chunks = policy.act(batch.observation, batch.instruction, noise.shape[1], noise=noise)
+        return aggregate(self.critic(seen, chunks), self.config.pessimism).mean(dim=1)
 
     def _policy_q(self, seen: CriticInput, batch: Batch) -> Float[Tensor, "B S K"]:
         sampled = self._sample(

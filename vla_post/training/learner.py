@@ -19,17 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trajectory_store import ChunkBatch, ChunkSampler, FleetView, NotAStore, StoreUnavailable
-from vla_post.batch import NonFiniteLoss
+from trajectory_store import ChunkSampler, FleetView, NotAStore
+from vla_post.batch import Batch, NonFiniteLoss
 from vla_post.critics.returns import Unrewarded
-from vla_post.export.registry import RegistryUnavailable, open_registry
+from vla_post.export.registry import SCORES, Registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, rows_by
+from vla_post.training.gate import Judge, compare, require_judge
 from vla_post.training.metrics import MetricsLog
 from vla_post.training.operation import operation
 from vla_post.training.trainer import TrainConfig, Trainer
 
 log = logging.getLogger("vla_post.learner")
+
+GATE_BATCHES = 4
+"""Batches on which the gate compares two versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,9 @@ class LearnerConfig:
     """Checkpoint to start from; published as the first version if the registry is empty."""
     demonstrations: Path
     """Stores that are never forgotten."""
-    online: str | Path | None = None
-    """Stores that robots write, or will write: a folder, or s3://bucket/prefix. Without it, learns
-    from demonstrations alone."""
-    registry: str | Path
-    """Of the versions: a folder, or s3://bucket/prefix."""
+    online: Path | None = None
+    """Stores that robots write, or will write; without it, learns from demonstrations alone."""
+    registry: Path
     run: Path
     """Of `metrics.jsonl` and of the state for `resume`."""
     train: TrainConfig
@@ -64,6 +66,10 @@ class LearnerConfig:
     updates, publish, and wait again. 0 trains continuously, while they work."""
     round_updates: int = 500
     """Of a round in batch mode; `max_reuse` and the periods of publishing do not apply there."""
+    gate_margin: float | None = None
+    """Robots adopt a version only if the critic values it this share above the one that runs; 0:
+    strictly better. The others are published and held (`vla-post registry gate`). None adopts all,
+    or keeps to the gate that the registry has."""
     max_updates: int = 0
     """Stop after so many; 0 goes on until it is told to stop."""
     resume: bool = False
@@ -99,15 +105,17 @@ class LearnerProcess:
         torch.set_num_threads(config.threads)
         self.config = config
         self.stop = stop or threading.Event()
-        self.registry = open_registry(config.registry)
+        self.registry = Registry(config.registry)
         self._state = config.run / "learner"
-        self._restore()
         resuming = config.resume and (self._state / "state.json").exists()
         source = self._state / "policy" if resuming else config.start
         self.policy = LeRobotPolicy.load(source)
         self.contract = self.policy.contract
         self.trainer = Trainer(self.policy, config.train)
         self.needs = config.train.algorithm.data(self.contract)
+        if config.gate_margin is not None:
+            require_judge(self.trainer.learner)
+            self.registry.set_gate(config.gate_margin)
         self._drawn = 0.0
         self._parent: int | None = None
         self._published_at = 0
@@ -123,8 +131,6 @@ class LearnerProcess:
             self._trained_episodes = int(extra.get("trained_episodes", 0))
         self._sampler: ChunkSampler | None = None
         self._online: FleetView | None = None
-        self._away = ""
-        """What did not answer the last time."""
         self._rows = 0
         self._looked = 0.0
         self.looks = 0
@@ -151,7 +157,15 @@ class LearnerProcess:
                 if self.trainer.updates > self._published_at:
                     self._publish(metrics)
                 self._told_operation(metrics)
-                self._save()
+                self.trainer.save(
+                    self._state,
+                    {
+                        "drawn": self._drawn,
+                        "parent": self._parent,
+                        "round_left": self._round_left,
+                        "trained_episodes": self._trained_episodes,
+                    },
+                )
                 if self._sampler is not None:
                     self._sampler.close()
         return self.trainer.updates
@@ -168,11 +182,9 @@ class LearnerProcess:
                 self.stop.wait(config.refresh_s / 4)
                 waited_s += config.refresh_s / 4
                 continue
+            assert self._sampler is not None
             started = time.monotonic()
-            chunk = self._draw()
-            if chunk is None:
-                waited_s += time.monotonic() - started
-                continue
+            chunk = next(self._sampler)
             loaded = time.monotonic()
             bad = config.run / "bad_batch.safetensors"
             row = self.trainer.step(chunk, save_bad_batch=bad)
@@ -201,30 +213,8 @@ class LearnerProcess:
                 self._publish(metrics)
                 self._told_operation(metrics)
 
-    def _draw(self) -> ChunkBatch | None:
-        """None while the online stores do not answer."""
-        assert self._sampler is not None
-        try:
-            return next(self._sampler)
-        except StoreUnavailable as error:
-            self._is_away(error)
-            self.stop.wait(self.config.refresh_s)
-            return None
-
-    def _is_away(self, error: Exception) -> None:
-        """The network or the object storage: they come back, and nothing is lost meanwhile."""
-        if str(error) != self._away:
-            log.warning("waiting: %s", error)
-        self._away = str(error)
-
     def _look(self) -> None:
         """Sees what robots have finished recording since the last time."""
-        try:
-            self._see()
-        except StoreUnavailable as error:
-            self._is_away(error)
-
-    def _see(self) -> None:
         self._looked = time.monotonic()
         self.looks += 1
         if self.config.online is None:
@@ -301,55 +291,40 @@ class LearnerProcess:
             )
         self._parent = active.number
 
-    def _save(self) -> None:
-        """What `resume` needs; there whole, also if this process is killed meanwhile."""
-        new, old = (self._state.with_suffix(s) for s in (".new", ".old"))
-        shutil.rmtree(new, ignore_errors=True)
-        self.trainer.save(
-            new,
-            {
-                "drawn": self._drawn,
-                "parent": self._parent,
-                "round_left": self._round_left,
-                "trained_episodes": self._trained_episodes,
-            },
-        )
-        if self._state.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self._state.rename(old)
-        new.rename(self._state)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _restore(self) -> None:
-        """A process that was killed between the two renames of `_save`."""
-        old = self._state.with_suffix(".old")
-        if old.exists() and not self._state.exists():
-            old.rename(self._state)
-
     def _publish(self, metrics: MetricsLog) -> None:
         folder = Path(tempfile.mkdtemp(prefix="publish_", dir=self.config.run))
         try:
             self.trainer.save_policy(folder)
-            self._published_s = time.monotonic()  # an outage is tried again after `publish_s`
             version = self.registry.publish(
                 folder,
                 contract=self.contract,
                 parent=self._parent,
                 learner_step=self.trainer.updates,
                 snapshots={} if self._sampler is None else self._sampler.snapshot_ids,
-                metrics={"online_rows": self._rows, "updates": self.trainer.updates},
+                metrics={"online_rows": self._rows, "updates": self.trainer.updates}
+                | self._scores(folder),
             )
-        except RegistryUnavailable as error:
-            self._is_away(error)
-            self._save()
-            return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._parent = version.number
         self._published_at, self._published_s = self.trainer.updates, time.monotonic()
-        self._save()  # a learner that is killed goes on from its last version
-        metrics.write({"published": version.number, "at_update": self.trainer.updates})
+        told = {key: version.metrics[key] for key in SCORES if key in version.metrics}
+        metrics.write({"published": version.number, "at_update": self.trainer.updates} | told)
         log.info("published %s after %d updates", version.name, self.trainer.updates)
+
+    def _scores(self, folder: Path) -> dict[str, float]:
+        """What the registry's gate asks for; {} without a gate or a critic."""
+        active, learner = self.registry.active(), self.trainer.learner
+        if self.registry.gate is None or active is None or not isinstance(learner, Judge):
+            return {}
+        if self._sampler is None:
+            return {}
+        batches = [
+            Batch.from_numpy(next(self._sampler), self.policy.device) for _ in range(GATE_BATCHES)
+        ]
+        candidate = LeRobotPolicy.load(folder)
+        running = LeRobotPolicy.load(self.registry.path(active.number))
+        return compare(learner, candidate, running, batches, against=active.number)
 
 
 def run_until_stopped(config: LearnerConfig, stop: threading.Event | None = None) -> int:

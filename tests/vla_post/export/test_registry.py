@@ -9,7 +9,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from trajectory_store.contract import Contract, ContractMismatch, load_contract
-from vla_post.export.registry import Registry, RegistryError, VersionDamaged, parse_version
+from vla_post.export.registry import (
+    GateRefused,
+    Registry,
+    RegistryError,
+    VersionDamaged,
+    parse_version,
+)
 from vla_post.policies.checkpoint import CheckpointError, write_card
 
 SHIPPED = Path(__file__).parents[3] / "sim" / "contracts"
@@ -134,3 +140,46 @@ def test_publishers_at_the_same_time_take_different_numbers(tmp_path: Path, cont
     assert [v.number for v in registry.versions()] == list(range(1, 17))
     for version in registry.versions():
         registry.verify(version.number)
+
+
+def test_the_gate_holds_what_was_not_shown_to_be_better(tmp_path: Path, contract: Contract):
+    registry = Registry(tmp_path / "registry")
+    registry.publish(checkpoint(tmp_path / "a", contract), contract=contract)
+    assert registry.gate is None
+    registry.set_gate(0.05)
+    assert registry.gate == 0.05
+    shown = {"gate/candidate": 1.04, "gate/running": 1.0, "gate/against": 1.0}
+
+    def publish(**metrics: float) -> int:
+        folder = checkpoint(tmp_path / f"c{len(registry.versions())}", contract)
+        return registry.publish(folder, contract=contract, metrics=metrics).number
+
+    def active() -> int:
+        version = registry.active()
+        assert version is not None
+        return version.number
+
+    unknown = publish()
+    close = publish(**shown)
+    nan = publish(**shown | {"gate/candidate": float("nan")})
+    assert active() == 1
+    assert [e["version"] for e in registry.history() if e["action"] == "hold"] == [2, 3, 4]
+    assert "1.04 against 1" in (registry.held(registry.version(close)) or "")
+    assert "nobody compared" in (registry.held(registry.version(unknown)) or "")
+    assert registry.held(registry.version(nan)) is not None
+    better = publish(**shown | {"gate/candidate": 1.06})
+    assert active() == better
+    # It was compared with what ran before.
+    late = publish(**shown | {"gate/candidate": 2.0})
+    assert "compared with v000001" in (registry.held(registry.version(late)) or "")
+    with pytest.raises(GateRefused, match="--shadow v000006"):
+        registry.promote(late)
+    assert active() == better
+    registry.promote(late, force=True)
+    assert active() == late
+    assert registry.rollback().number == better  # the way back is never barred
+    registry.set_gate(None)
+    registry.promote(close)
+    assert active() == close
+    with pytest.raises(RegistryError, match="margin is -1"):
+        registry.set_gate(-1.0)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from vla_post.batch import Batch, NonFiniteLoss, Observation
 from vla_post.critics import ChunkCritic, CriticConfig, RewardConfig, StateEncoder
+from vla_post.critics.returns import fill_past_end
 from vla_post.learners.aloe import (
     Aloe,
     AloeConfig,
     aloe_advantage,
     aloe_target,
-    fill_past_end,
 )
 from vla_post.learners.weighting import (
     RunningScale,
