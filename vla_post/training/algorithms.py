@@ -18,6 +18,7 @@ ALGORITHMS = {
     "hg-dagger": "vla_post.learners.hg_dagger:HgDaggerConfig",
     "aloe": "vla_post.learners.aloe:AloeConfig",
     "awr": "vla_post.learners.awr:AwrConfig",
+    "uni-o4": "vla_post.learners.uni_o4.chunk:UniO4ChunkConfig",
     "ptr": "vla_post.learners.ptr:PtrConfig",
     "ptr-hg-dagger": "vla_post.learners.ptr:PtrHgDaggerConfig",
 }
