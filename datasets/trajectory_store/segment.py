@@ -1,6 +1,5 @@
 """`Segment`: consecutive ticks of one episode on their way into a store."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -20,7 +19,7 @@ class Segment:
     data: dict[str, Any]
     """Column -> (n, ...). References to frames hold an index into `frames`, counted from the
     episode's first frame, in [:, 0]. Lists of rows until `pack` makes arrays of them."""
-    frames: Mapping[str, Sequence[Any]]
+    frames: dict[str, list[Any]]
     """New in this segment; encoded bytes after `pack`."""
     first_frame: dict[str, int]
     """Number of the segment's first frame within the episode."""
@@ -45,9 +44,8 @@ class Segment:
                 column = known[name]
                 rows = np.asarray(values, column.numpy)
                 self.data[name] = rows.reshape(len(values), *column.shape)
-        self.frames = {
-            key: [
-                f if isinstance(f, bytes) else encode_frame(images[key].feature, f) for f in frames
+        for key, frames in self.frames.items():
+            feature = images[key].feature
+            self.frames[key] = [
+                f if isinstance(f, bytes) else encode_frame(feature, f) for f in frames
             ]
-            for key, frames in self.frames.items()
-        }

@@ -112,7 +112,6 @@ class RunnerNode(CellNode):
             registry=text("registry"),
             policy=text("policy"),
             backend=self._backend,
-            cell=self.get_namespace().strip("/"),
         )
         self.exit_status = 0
 
@@ -448,16 +447,14 @@ class RunnerNode(CellNode):
         assert self._versions.registry is not None
         number: int | None = None
         try:
-            wanted = self._versions.wanted()
+            active = self._versions.registry.active()
             candidate = self._candidate
             known = {self._loaded.version, self._refused}
             if candidate is not None:
                 known.add(candidate.version)
-            if wanted == self._loaded.version:
-                self._candidate = None  # taken back before this cell came to adopt it
-            if wanted is None or wanted in known:
+            if active is None or active.number in known:
                 return
-            number = wanted
+            number = active.number
             loaded = self._versions.version(number)
             jump = self._max_jump or None
             require_fit(

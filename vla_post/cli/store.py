@@ -18,7 +18,6 @@ from trajectory_store import (
     FleetView,
     Outcome,
     Store,
-    copying,
     load_contract,
     maintenance,
     stats,
@@ -308,7 +307,7 @@ class Merge:
         if not stores:
             raise UserError(f"no store at or below {', '.join(self.sources) or 'nothing'}")
         with _Bar() as bar:
-            copied = copying.merge(stores, self.target, progress=bar)
+            copied = maintenance.merge(stores, self.target, progress=bar)
         print(f"copied {len(copied)} episodes into {self.target}")
 
 
@@ -324,7 +323,7 @@ class Split:
 
     def run(self) -> None:
         with _Bar() as bar:
-            parts = copying.split(
+            parts = maintenance.split(
                 self.store, self.target, by=self.by, fraction=self.fraction, progress=bar
             )
         for name, uuids in parts.items():

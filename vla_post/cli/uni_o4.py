@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,11 +54,13 @@ class Offline:
     """
 
     data: Path
-    """A .hdf5 or .npz file in D4RL's layout."""
+    """A .hdf5 or .npz file in D4RL's layout, or a trajectory store (or a folder of them)."""
     out: Path
     """The run's folder."""
     world: Annotated[World, tyro.conf.arg(name="")] = field(default_factory=World)
     """With --env, the rule by which a known task ends is used."""
+    reward: Literal["success", "stored"] = "success"
+    """Of a store: 1 at the end of a success, or what was recorded."""
     true_episodes: int = 0
     """Play this many episodes of every member in --env at every look of the gate, to see whether
     AM-Q tells the truth. The gate itself never uses them."""
@@ -67,14 +69,13 @@ class Offline:
     def run(self) -> None:
         import torch
 
-        from vla_post.learners.uni_o4.data import Transitions
         from vla_post.learners.uni_o4.dynamics import termination_of
         from vla_post.recipes.uni_o4_env import Judge
         from vla_post.training.uni_o4 import OfflineRun
 
         torch.set_num_threads(1)
         stop = _stop()
-        data = Transitions.load(self.data)
+        data = load_data(self.data, self.world.env if self.world.contract else None, self.reward)
         _say(
             f"{len(data)} transitions, {int(data.ends.sum())} episodes, mean return "
             f"{data.episode_returns().mean():.4g}"
@@ -197,6 +198,21 @@ class Gate:
         for row in looks:
             print(json.dumps(row))
         print(json.dumps(gate_summary(looks)))
+
+
+def load_data(path: Path, task: str | None, reward: Literal["success", "stored"]) -> Any:
+    """Transitions from a file, or from every store below a folder."""
+    from vla_post.learners.uni_o4.data import Transitions
+
+    if not path.is_dir():
+        return Transitions.load(path)
+    from trajectory_store import FleetView
+    from vla_post.convert.d4rl import from_stores
+
+    view = FleetView(path)
+    if not view.stores:
+        raise UserError(f"{path}: no store here or below")
+    return from_stores(view, task=task, reward=reward)
 
 
 def _require_fits(agent: Any, env: Any) -> None:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vla_post.batch import Metrics
+from vla_post.learners.uni_o4.online import OnlineConfig, OnlinePpo, Rollout
 from vla_post.learners.uni_o4.policies import Policies
-from vla_post.learners.uni_o4.samples import Samples, draw
+from vla_post.learners.uni_o4.rollouts import VectorEnvironment
+from vla_post.learners.uni_o4.samples import Samples, Scales, draw
 from vla_post.learners.uni_o4.stage import MemberAdamW
-from vla_post.learners.uni_o4.values import Values
+from vla_post.learners.uni_o4.values import ValueFit, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,95 @@ class IqlPolicy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policies.load_state_dict(state["policies"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class IqlOnlineConfig:
+    steps: int = 100_000
+    """Of all environments together."""
+    batch_steps: int = 1000
+    """Collected between two rounds of updates."""
+    updates_per_step: float = 0.25
+    """Of values and policy, for each step that was collected; IQL's authors have 1."""
+
+
+class IqlOnline:
+    """Fine-tuning: collect, add to the data, go on with both updates; a stage.
+
+    Args:
+        fit: whose samples are the data so far; `extraction` shares them.
+    """
+
+    name = "iql-online"
+
+    def __init__(
+        self,
+        fit: ValueFit,
+        extraction: IqlPolicy,
+        scales: Scales,
+        env: VectorEnvironment,
+        config: IqlOnlineConfig,
+        seed: int = 0,
+    ) -> None:
+        self.fit, self.extraction, self.config = fit, extraction, config
+        self.collector = OnlinePpo(
+            extraction.policies,
+            fit.values.value,
+            scales,
+            env,
+            OnlineConfig(steps=config.steps, batch_steps=config.batch_steps),
+            seed,
+        )
+        self.updates = 0
+
+    @property
+    def steps(self) -> int:
+        return self.collector.steps
+
+    @property
+    def done(self) -> bool:
+        return self.steps >= self.config.steps
+
+    def update(self) -> Metrics:
+        generator = torch.Generator().manual_seed(
+            (self.collector.seed + 1) * 800_003 + self.updates
+        )
+        rollout = self.collector.collect(generator)
+        merged = append(self.fit.samples, as_samples(rollout, self.collector.scales))
+        self.fit.samples = self.extraction.samples = merged
+        metrics: Metrics = {}
+        for _ in range(int(rollout.reward.numel() * self.config.updates_per_step)):
+            metrics = self.fit.update() | self.extraction.update()
+        self.updates += 1
+        return metrics | {"iql/rows": float(len(merged)), "iql/steps": float(self.steps)}
+
+
+def as_samples(rollout: Rollout, scales: Scales) -> Samples:
+    """What was collected, environment by environment. Returns are not known and stay 0: IQL asks
+    for none."""
+    steps, envs = rollout.reward.shape
+
+    def rows(value: Tensor) -> Tensor:
+        return value.transpose(0, 1).flatten(0, 1)
+
+    size = steps * envs
+    over = rows(rollout.ended).clone()
+    over[steps - 1 :: steps] = True
+    action = rows(rollout.chain)[:, -1].clamp(-1.0, 1.0)
+    place = torch.arange(size)
+    return Samples(
+        state=rows(rollout.state),
+        action=action,
+        valid=torch.ones_like(action, dtype=torch.bool),
+        reward=rows(rollout.reward),
+        discount=torch.full((size,), scales.discount**scales.horizon),
+        terminated=rows(rollout.terminated),
+        next_state=rows(rollout.next_state),
+        following=torch.where(over, -1, place + 1),
+        returns=torch.zeros(size),
+        last=place,
+        tail_discount=torch.zeros(size),
+    )
 
 
 def append(samples: Samples, more: Samples) -> Samples:
