@@ -17,6 +17,9 @@ from vla_post.learners.uni_o4.policies import Policies, best_other
 from vla_post.learners.uni_o4.samples import Samples, draw
 from vla_post.learners.uni_o4.stage import MemberAdamW
 
+LOOK_EVERY = 50
+"""Updates between two looks at how far the members are apart, each a pass of the whole ensemble."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CloningConfig:
@@ -95,13 +98,15 @@ class Cloning:
             ceiling=config.ceiling * batch.action.shape[1],
         )
         metrics = self.optimizer.step(loss.sum())
-        return {
+        out = {
             "loss": float(loss.mean().detach()),
             "cloning/loss": float(terms.loss.mean().detach()),
             "cloning/divergence": float(terms.divergence.mean().detach()),
-            "cloning/disagreement": disagreement(self.policies, batch.state, generator),
             "cloning/grad_norm": metrics["grad_norm"],
         }
+        if self.updates % LOOK_EVERY == 0 or self.done:
+            out["cloning/disagreement"] = disagreement(self.policies, batch.state, generator)
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         return {"policies": self.policies.state_dict(), "optimizer": self.optimizer.state_dict()}

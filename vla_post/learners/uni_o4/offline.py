@@ -115,8 +115,7 @@ class OfflinePpo:
         index, generator = draw(len(self.samples), config.batch_size, self.seed, self.updates)
         state = self.samples.state[index]
         with torch.no_grad():
-            chain = self.old.sample(state, generator)
-            old_log_prob = self.old.log_prob(state, chain)
+            chain, old_log_prob = self.old.sample_scored(state, generator)
             raw = self.values.advantage(state, chain[:, :, -1].transpose(0, 1)).T
         omega = None if self.values.config.kind == "iql" else config.omega
         advantage = shaped_advantage(raw, omega)

@@ -76,13 +76,17 @@ class Policies(nn.Module):
     def act(self, state: Tensor, generator: torch.Generator | None) -> Float[Tensor, "K B D"]:
         """mu(s): the action without the noise of the inner steps."""
 
-    @abstractmethod
     def sample(self, state: Tensor, generator: torch.Generator) -> Float[Tensor, "K B U D"]:
         """Chains of U = T + 1 points."""
+        return self.sample_scored(state, generator)[0]
 
     @abstractmethod
     def log_prob(self, state: Tensor, chain: Float[Tensor, "K B U D"]) -> Float[Tensor, "K B T"]:
         """Of each inner step, summed over the D numbers."""
+
+    @abstractmethod
+    def sample_scored(self, state: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(chain, log_prob): a sample and its `log_prob`, in one pass."""
 
     @abstractmethod
     def entropy(self, state: Tensor, chain: Float[Tensor, "K B U D"]) -> Float[Tensor, "K B"]:
@@ -139,10 +143,11 @@ class GaussianPolicies(Policies):
     def act(self, state: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.distribution(state)[0]
 
-    def sample(self, state: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_scored(self, state: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         mean, log_std = self.distribution(state)
         action = mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
-        return torch.stack([torch.zeros_like(action), action], dim=2)
+        log_prob = normal_log_density(action, mean, log_std).sum(dim=-1, keepdim=True)
+        return torch.stack([torch.zeros_like(action), action], dim=2), log_prob
 
     def log_prob(self, state: Tensor, chain: Tensor) -> Tensor:
         mean, log_std = self.distribution(state)
@@ -214,12 +219,13 @@ class FlowPolicies(Policies):
             x = x + self.velocity(state, x, torch.tensor(step / self.inner)) / self.inner
         return x
 
-    def sample(self, state: Tensor, generator: torch.Generator) -> Tensor:
-        chain = [self._start(state, generator)]
+    def sample_scored(self, state: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chain, steps = [self._start(state, generator)], list[Tensor]()
         for step in range(self.inner):
             mean, log_std = self._step(state, chain[-1], step)
             chain.append(mean + log_std.exp() * torch.randn(mean.shape, generator=generator))
-        return torch.stack(chain, dim=2)
+            steps.append(normal_log_density(chain[-1], mean, log_std).sum(dim=-1))
+        return torch.stack(chain, dim=2), torch.stack(steps, dim=-1)
 
     def _step(self, state: Tensor, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         time = torch.tensor(step / self.inner)

@@ -65,8 +65,9 @@ def test_with_old_equal_to_new_the_gradient_is_the_plain_policy_gradient(
     generator = torch.Generator().manual_seed(1)
     state, advantage = torch.randn(8, 2), torch.randn(3, 8)
     with torch.no_grad():
-        chain = policies.sample(state, generator)
+        chain, scored = policies.sample_scored(state, generator)
     log_prob = policies.log_prob(state, chain)
+    torch.testing.assert_close(scored, log_prob.detach())
     terms = ppo_terms(log_prob, log_prob.detach(), advantage, clip=0.2)
     assert float(terms.kl.abs().max()) == 0.0
     assert float(terms.clipped.max()) == 0.0
