@@ -7,6 +7,11 @@ real ones. Prints one JSON object: pictures drawn per second and camera, their a
 receipt to the drawn canvas, the server's share of a core, the way of a jog from the page to the
 server and back (with the hand published on the teleop topics in between) and to the arbiter's
 executed command and back, and the arbiter's jitter with one viewer and with many.
+
+Then the demonstration's cell in lockstep, which runs as fast as the machine lets it: how much
+slower it gets with nobody, one and many at its console, in turns. The browsers are on the same
+machine, so what they need is in the figure. The bounds that the page is designed for are printed
+beside the figures. About three minutes with the defaults.
 """
 
 import argparse
@@ -23,6 +28,7 @@ from typing import Any
 import numpy as np
 
 HZ = 50
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
 
 
 def contract_of(folder: Path) -> Path:
@@ -117,7 +123,7 @@ def play(path: str) -> None:
         set_stamp(joints.header.stamp, time.time_ns())
         voice.publish(joints)
 
-    def obey(message: JointTrajectory) -> None:
+    def obey(message: Any) -> None:
         joints.position = message.points[0].positions
 
     node.create_timer(1 / 20, look, clock=STEADY)
@@ -168,6 +174,64 @@ ROUND_TRIPS = """async (seconds) => {
 }"""
 
 
+BOUNDS = {
+    "drawn_per_s_and_camera": "20",
+    "picture_age_ms": "p99 < 60",
+    "server_cores_one_viewer": "< 0.15",
+    "jog_page_server_teleop_page_ms": "p99 < 20",
+    "jitter": "p99 < 4 ms, with any number of viewers",
+}
+
+
+def slowdown(seconds: float, viewers: int) -> dict[str, Any]:
+    """Simulated seconds per second of the demonstration's cell, holding still, by viewers."""
+    from playwright.sync_api import sync_playwright
+
+    import sim
+    from robot_bridge.bringup import CellConfig, ProcessGroup, cell_nodes
+    from robot_bridge.client import CellClient
+    from trajectory_store import load_contract
+
+    folder = Path(tempfile.mkdtemp(prefix="bench_lockstep_"))
+    path, address = sim.CONTRACTS / "metaworld_pixels.yaml", folder / "address"
+    console = {"port": 0, "address_file": str(address), "token_file": str(folder / "tokens")}
+    specs = cell_nodes(CellConfig(contract=path, store=folder / "store", console=console))
+    found: dict[str, list[float]] = {"nobody": [], "one": [], f"{viewers} viewers": []}
+    with (
+        ProcessGroup(specs, log_dir=folder / "logs") as group,
+        CellClient(load_contract(path)) as cell,
+        sync_playwright() as playwright,
+    ):
+        while not address.exists() or cell.state.mode != "HOLD":
+            group.poll()
+            time.sleep(0.1)
+        link = address.read_text().split()[0]
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+
+        def speed(count: int) -> float:
+            pages = [
+                browser.new_page(viewport={"width": 1440, "height": 900}) for _ in range(count)
+            ]
+            for page in pages:
+                page.set_default_timeout(120_000)
+                page.goto(link)
+                page.wait_for_function("() => window.vlaConsole?.live?.cameras.stats.drawn > 2")
+            begun, stamp = time.monotonic(), cell.state.stamp_ns
+            time.sleep(seconds)
+            passed, simulated = time.monotonic() - begun, cell.state.stamp_ns - stamp
+            for page in pages:
+                page.close()
+            return round(simulated / 1e9 / passed, 3)
+
+        for _ in range(2):
+            for name, count in zip(found, (0, 1, viewers), strict=True):
+                found[name].append(speed(count))
+        browser.close()
+    alone = float(np.mean(found["nobody"]))
+    shares = {name: round(float(np.mean(v)) / alone, 3) for name, v in found.items()}
+    return {"simulated_s_per_s": found, "of_the_speed_with_nobody": shares}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -216,8 +280,7 @@ def main() -> None:
                 return percentiles(np.abs(np.diff(stamps) * 1e3 - 1e3 / HZ))
 
             result["jitter_ms_nobody"] = jitter(5.0)
-            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
 
             def viewer() -> Any:
                 page = browser.new_page(viewport={"width": 1440, "height": 900})
@@ -254,6 +317,8 @@ def main() -> None:
     finally:
         player.kill()
         player.wait()
+    result["lockstep"] = slowdown(options.seconds / 2, options.viewers)
+    result["bounds"] = BOUNDS
     print(json.dumps(result, indent=1))
 
 

@@ -190,6 +190,37 @@ class Task(_Part):
     time_limit_s: Positive
 
 
+class CameraView(_Part):
+    """Where a fixed camera stands and how it looks: a pinhole without distortion."""
+
+    focal_px: tuple[Positive, Positive]
+    """fx, fy in pixels of the feature's shape."""
+    center_px: tuple[float, float] | None = None
+    """cx, cy; by default the picture's middle."""
+    position_m: tuple[float, float, float]
+    """Of the camera, in the robot's base frame."""
+    quat_wxyz: tuple[float, float, float, float]
+    """Of its optical frame (z ahead, x to the right of the picture, y down) in the base frame."""
+
+    @field_validator("quat_wxyz")
+    @classmethod
+    def _turns(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not 0.99 < sum(x * x for x in value) < 1.01:
+            raise ValueError(f"found {list(value)}, which is no unit quaternion")
+        return value
+
+
+class View(_Part):
+    """For people who watch the cell, not for policies: so it is no part of the hash, and stores
+    and checkpoints do not keep it. A camera that is calibrated again changes no contract."""
+
+    cameras: dict[str, CameraView] = {}
+    """By observation key. With `safety.workspace`, which says where the tool is, the console draws
+    the plan over these pictures."""
+    step_m: Positive | None = None
+    """Of a `delta` action: how far one unit moves the tool in a tick."""
+
+
 class Contract(_Part):
     """A robot cell. See `load_contract`."""
 
@@ -208,6 +239,7 @@ class Contract(_Part):
     """Of those, how many run before the next inference is due."""
     sim: dict[str, Any] = {}
     """For simulated cells: what `sim` needs to build it (`env_id`, camera, lockstep, ...)."""
+    view: View = Field(default=View(), exclude=True)
 
     @field_validator("observations")
     @classmethod
@@ -224,6 +256,16 @@ class Contract(_Part):
         if set(value) != {"action"}:
             raise ValueError(f"found {sorted(value)}; the one action feature is called 'action'")
         return value
+
+    @model_validator(mode="after")
+    def _views_are_of_cameras(self) -> Self:
+        unknown = sorted(self.view.cameras.keys() - self.images.keys())
+        if unknown:
+            raise ValueError(
+                f"view.cameras names {', '.join(unknown)}; this cell's cameras are "
+                f"{', '.join(self.images) or 'none'}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _executes_what_it_predicts(self) -> Self:

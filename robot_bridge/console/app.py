@@ -54,7 +54,7 @@ class Console:
 
     def __init__(
         self,
-        cells: Sequence[tuple[Contract, str, Callable[[], "CellLink"]]],
+        cells: Sequence[tuple[Contract, str, Callable[[], "CellLink"], Path]],
         *,
         tokens: Tokens,
         origins: Origins,
@@ -63,11 +63,12 @@ class Console:
         title: str = "",
     ) -> None:
         """Args:
-        cells: contract, name and how to connect, for each cell.
+        cells: contract, name, how to connect and where the contract lies, for each cell.
         """
         self.leases = Leases()
         self.desks = {
-            name: Desk(contract, name, connect, self.leases) for contract, name, connect in cells
+            name: Desk(contract, name, connect, self.leases, folder)
+            for contract, name, connect, folder in cells
         }
         self.sessions = Sessions(tokens)
         self.origins, self.library, self.learning, self.title = origins, library, learning, title

@@ -79,12 +79,12 @@ class Commands:
             self._check(name, needs, session, desk)
             body = await self._dispatch(name, session, desk, arguments)
         except LeaseTaken as error:
-            desk.audit(name, session, ok=False, message=f"{error} holds the lease")
+            desk.steering.audit(name, session, ok=False, message=f"{error} holds the lease")
             raise CommandRefused("taken", f"{error} is this cell's operator") from None
         except CommandRefused as error:
-            desk.audit(name, session, ok=False, message=str(error))
+            desk.steering.audit(name, session, ok=False, message=str(error))
             raise
-        desk.audit(name, session, ok=body["ok"], message=str(body.get("message", "")))
+        desk.steering.audit(name, session, ok=body["ok"], message=str(body.get("message", "")))
         return body
 
     def _check(self, name: str, needs: Needs, session: Session, desk: Desk) -> None:
@@ -99,10 +99,10 @@ class Commands:
         self, name: str, session: Session, desk: Desk, arguments: Mapping[str, Any]
     ) -> Body:
         if name == "lease":
-            desk.take(session)
+            desk.steering.take(session, online=desk.online)
             return {"ok": True, "message": ""}
         if name == "release_lease":
-            return {"ok": desk.give(session), "message": ""}
+            return {"ok": desk.steering.give(session), "message": ""}
         if name == "label":
             return await self._label(session, desk, arguments)
         if name in ("activate", "rollback"):
@@ -111,7 +111,7 @@ class Commands:
         if link is None:
             raise CommandRefused("offline", f"{desk.name} is not connected")
         if name == "stop":
-            desk.let_go(session, "stop")
+            desk.steering.let_go(session, "stop")
             return await _answer(link.stop())
         if name == "start":
             return await self._start(session, desk, arguments)

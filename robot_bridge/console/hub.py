@@ -97,7 +97,7 @@ class Browser:
             log.debug("%s: %s", self.session.name, errors)
         finally:
             for desk in console.desks.values():
-                desk.let_go(self.session, "the browser's connection was closed")
+                desk.steering.let_go(self.session, "the browser's connection was closed")
                 await desk.leave(self)
             with contextlib.suppress(Exception):
                 if self._socket.client_state is WebSocketState.CONNECTED:
@@ -206,9 +206,9 @@ class Browser:
         desk = self._desk(data)
         try:
             self._order.check(drive.seq, drive.sent_ms, now_s * 1e3, desk.max_age_ms)
-            news = desk.drive(self.session, drive)
+            news = desk.steering.drive(self.session, drive)
         except CommandRefused as error:
-            desk.let_go(self.session, str(error))
+            desk.steering.let_go(self.session, str(error))
             raise
         self.put(
             "driven",

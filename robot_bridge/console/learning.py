@@ -8,7 +8,7 @@ import json
 import math
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ MAX_POINTS = 400
 """Of one curve; longer ones are thinned by halves."""
 MAX_CURVES = 60
 LABELLED = (Outcome.SUCCESS, Outcome.FAILURE)
+MIX = "mix/"
+"""Metrics `mix/TASK/online` and `mix/TASK/offline`: what share of a batch is drawn from where."""
+MIX_UPDATES = 50
+"""Updates over which these shares are averaged."""
+FRESHNESS = ("tick_to_batch_s", "update_to_robot_s", "versions_behind")
+"""Numbers of single episodes and versions in the metrics; the median of the last 20 is shown."""
 
 
 class Curves:
@@ -33,6 +39,8 @@ class Curves:
         self._curves: dict[str, list[tuple[float, float]]] = {}
         self._every: dict[str, int] = {}
         self._count: dict[str, int] = defaultdict(int)
+        self._mix: deque[dict[str, float]] = deque(maxlen=MIX_UPDATES)
+        self._fresh = {name: deque[float](maxlen=20) for name in FRESHNESS}
         self.published: list[dict[str, float]] = []
         self.last: dict[str, Any] = {}
         self.changed_s = 0.0
@@ -50,6 +58,9 @@ class Curves:
                     self._every.clear()
                     self._count.clear()
                     self.published.clear()
+                    self._mix.clear()
+                    for values in self._fresh.values():
+                        values.clear()
                 if size == self._offset:
                     return
                 with self._path.open("rb") as file:
@@ -74,15 +85,23 @@ class Curves:
             self.published.append(
                 {k: row[k] for k in ("published", "at_update", "time_s") if k in row}
             )
+        for name, values in self._fresh.items():
+            if _is_number(row.get(name)):
+                values.append(float(row[name]))
         update = row.get("update")
         if not isinstance(update, int | float) or "learner" in row:
             return
         self.last = row
+        mix: dict[str, float] = {}
         for name, value in row.items():
-            if name in ("update", "time_s", "stamp_s", "version") or isinstance(value, bool):
+            if name in ("update", "time_s", "stamp_s", "version") or not _is_number(value):
                 continue
-            if isinstance(value, int | float) and math.isfinite(value):
+            if name.startswith(MIX):
+                mix[name.removeprefix(MIX)] = float(value)
+            else:
                 self._add(name, float(update), float(value))
+        if mix:
+            self._mix.append(mix)
 
     def _add(self, name: str, update: float, value: float) -> None:
         if name not in self._curves and len(self._curves) >= MAX_CURVES:
@@ -96,6 +115,28 @@ class Curves:
         if len(curve) > 2 * MAX_POINTS:
             del curve[::2]
             self._every[name] = every * 2
+
+    def mixture(self) -> list[dict[str, Any]]:
+        """Of each task: shares of fresh and static data, in the mean of the last updates."""
+        with self._lock:
+            rows = list(self._mix)
+        shares: dict[str, dict[str, float]] = {}
+        for row in rows:
+            for name, value in row.items():
+                task, _, which = name.rpartition("/")
+                if which in ("online", "offline"):
+                    kinds = shares.setdefault(task, {"online": 0.0, "offline": 0.0})
+                    kinds[which] += value / len(rows)
+        return [
+            {"task": task} | {which: round(share, 4) for which, share in kinds.items()}
+            for task, kinds in sorted(shares.items())
+        ]
+
+    def freshness(self) -> dict[str, float]:
+        """Seconds from a tick to its first batch and from an update to a robot; versions behind."""
+        with self._lock:
+            found = {name: sorted(values) for name, values in self._fresh.items() if values}
+        return {name: _short(values[len(values) // 2]) for name, values in found.items()}
 
     def to_dict(self) -> dict[str, list[list[float]]]:
         with self._lock:
@@ -123,6 +164,8 @@ class Learning:
         return {
             "curves": self.curves.to_dict(),
             "published": self.curves.published[-200:],
+            "mixture": self.curves.mixture(),
+            "freshness": self.curves.freshness(),
             "last": {k: last[k] for k in ("update", "loss", "version", "waited_s") if k in last},
             "silent_s": None
             if not self.curves.changed_s
@@ -234,6 +277,11 @@ def _group(episodes: Sequence[Episode]) -> dict[str, Any]:
 def _human_s(episode: Episode) -> float:
     steps = len(episode)
     return episode.duration_s * episode.ticks_by(Source.HUMAN) / steps if steps else 0.0
+
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def _short(value: float) -> float:

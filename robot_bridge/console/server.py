@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +105,8 @@ def serve(config: ConsoleConfig, ready: Callable[[Links], None]) -> None:
     Raises:
         ValueError, OSError: a contract, the token file or the address cannot be used.
     """
+    if config.certificate is not None and config.key is not None:
+        _check_certificate(config.certificate, config.key)
     tokens = load_tokens(config.token_file or default_token_file())
     cells = [(load_contract(cell.contract), cell) for cell in config.cells]
     names = [cell.namespace.strip("/") or contract.cell for contract, cell in cells]
@@ -117,7 +120,7 @@ def serve(config: ConsoleConfig, ready: Callable[[Links], None]) -> None:
         origins = Origins.of(_names(config), port, tls=tls)
         console = Console(
             [
-                (contract, name, partial(_connect, contract, cell))
+                (contract, name, partial(_connect, contract, cell), cell.contract.parent)
                 for (contract, cell), name in zip(cells, names, strict=True)
             ],
             tokens=tokens,
@@ -180,6 +183,16 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+
+
+def _check_certificate(certificate: Path, key: Path) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError among them
+        raise ValueError(
+            f"{certificate} with {key}: not a PEM certificate and its private key "
+            f"({error.strerror or error})"
+        ) from error
 
 
 def _connect(contract: Contract, cell: CellAddress) -> "CellLink":

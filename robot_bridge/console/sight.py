@@ -1,40 +1,20 @@
 """What there is to see of a cell, as JSON for the page."""
 
-import time
-from collections.abc import Mapping
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from robot_bridge.console.drive import silence_ms
+from robot_bridge.core.sightline import ToolPath, project
 from robot_bridge.driving import measured
-from trajectory_store.contract import Contract
+from trajectory_store.contract import Contract, ContractError
 
 if TYPE_CHECKING:
     from robot_bridge.client import CellClient
 
-TRACES = ("doubt", "value", "q", "advantage")
-"""Numbers that a node may publish in its diagnostics; drawn when they are there."""
-
-
-class Meter:
-    """Rate and age of one stream."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.seen_s = 0.0
-        self._last = (0, 0.0)
-        self.rate_hz = 0.0
-
-    def hit(self) -> None:
-        self.count += 1
-        self.seen_s = time.monotonic()
-
-    def measure(self, now_s: float) -> None:
-        count, since = self._last
-        if now_s - since >= 1.0:
-            self.rate_hz = (self.count - count) / (now_s - since) if since else 0.0
-            self._last = (self.count, now_s)
+log = logging.getLogger(__name__)
 
 
 def arbiter(link: "CellClient") -> dict[str, Any]:
@@ -52,7 +32,6 @@ def arbiter(link: "CellClient") -> dict[str, Any]:
             {"name": name.rpartition("/")[2], "level": health.level, "message": health.message}
             for name, health in sorted(link.health.items())
         ],
-        "traces": traces(link),
     }
 
 
@@ -72,18 +51,6 @@ def episode(contract: Contract, link: "CellClient") -> dict[str, Any] | None:
         "elapsed_s": round(elapsed, 1),
         "limit_s": None if task is None else task.time_limit_s,
     }
-
-
-def traces(link: "CellClient") -> dict[str, float]:
-    """Doubt of the policy, value of the critic and the like, where a node publishes them."""
-    found: dict[str, float] = {}
-    for health in link.health.values():
-        for name in TRACES:
-            try:
-                found[name] = round(float(health.values[name]), 4)
-            except (KeyError, ValueError):
-                continue
-    return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
 def trace(contract: Contract, link: "CellClient") -> dict[str, Any] | None:
@@ -116,23 +83,47 @@ def chunk(contract: Contract, link: "CellClient") -> dict[str, Any] | None:
     }
 
 
-def streams(contract: Contract, meters: Mapping[str, Meter]) -> list[dict[str, Any]]:
-    """Rate and age of every stream as it arrives here, beside its nominal rate."""
-    now = time.monotonic()
-    nominal = {"joint_states": contract.control_hz}
-    nominal |= {key: feature.rate_hz for key, feature in contract.images.items()}
-    rows: list[dict[str, Any]] = []
-    for key in sorted(nominal.keys() | meters.keys()):
-        meter = meters.get(key)
-        rows.append(
-            {
-                "key": key,
-                "rate_hz": 0.0 if meter is None else round(meter.rate_hz, 1),
-                "nominal_hz": nominal.get(key),
-                "age_ms": None if meter is None else round((now - meter.seen_s) * 1e3),
-            }
-        )
-    return rows
+class Overlay:
+    """The plan over the pictures of fixed cameras, where the contract's `view` knows them.
+
+    Args:
+        folder: where the contract lies.
+    """
+
+    def __init__(self, contract: Contract, folder: Path) -> None:
+        self._contract = contract
+        self._path: ToolPath | None = None
+        if contract.view.cameras:
+            try:
+                self._path = ToolPath(contract, folder)
+            except ContractError as error:
+                log.warning("%s: no plan over its pictures: %s", contract.cell, error)
+        known = contract.view.cameras if self._path is not None else {}
+        self.cameras = [n for n, key in enumerate(contract.images) if key in known]
+        """Indices of those over which a plan is drawn."""
+
+    def paths(self, link: "CellClient") -> dict[int, list[list[float | None]]]:
+        """Camera's index -> the tool after each step to come of the newest chunk, [x, y] in shares
+        of the picture's width and height; null behind the camera."""
+        chunk, joints = link.chunk, link.joints
+        if self._path is None or chunk is None or joints is None:
+            return {}
+        passed = max(0, (joints.stamp_ns - chunk.stamp_ns) // self._contract.dt_ns)
+        points = chunk.points[passed:]
+        if not len(points):
+            return {}
+        tool = self._path.positions(points, joints.names, joints.position)
+        if tool is None:
+            return {}
+        images = list(self._contract.images.items())
+        return {
+            number: [
+                _rounded(point)
+                for point in project(tool, self._contract.view.cameras[key], feature.shape)
+            ]
+            for number, (key, feature) in enumerate(images)
+            if number in self.cameras
+        }
 
 
 def counts(link: "CellClient") -> dict[str, dict[str, str]]:

@@ -202,7 +202,7 @@ class _Box:
             return
         self._low, self._high = np.array(box.low), np.array(box.high)
         for axis, state in enumerate(box.names):
-            moves = _displacement_name(state) if contract.action.mode == "delta" else state
+            moves = displacement_name(state) if contract.action.mode == "delta" else state
             if moves not in names:
                 raise ContractError(
                     f"safety.workspace.names has {state!r}, but no action is called {moves!r}; "
@@ -224,7 +224,7 @@ class _Box:
         return command
 
 
-def _displacement_name(state: str) -> str:
+def displacement_name(state: str) -> str:
     """`ee_x` -> `ee_dx`: how a delta action calls the displacement of a state."""
     stem, _, last = state.rpartition("_")
     return f"{stem}_d{last}" if stem else f"d{last}"

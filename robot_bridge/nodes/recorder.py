@@ -135,6 +135,9 @@ class RecorderNode(CellNode):
         for topic, counter in self._streams.counters.items():
             values[f"received {topic}"] = counter.received
             values[f"lost {topic}"] = counter.lost
+            heard_s = self._streams.heard_s.get(topic)
+            if heard_s is not None:
+                values[f"age_ms {topic}"] = round((time.monotonic() - heard_s) * 1e3)
         text = health.error or self._problem
         level = DiagnosticStatus.ERROR if not health.ok else DiagnosticStatus.OK
         return (DiagnosticStatus.WARN if text and health.ok else level), text, values

@@ -1,5 +1,6 @@
 """From ROS messages to the contract's features."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,8 @@ class Streams:
         self._node, self._sample, self._lost = node, sample, lost
         self.counters: dict[str, SequenceCounter] = {}
         """By topic: received and lost since the subscription matched."""
+        self.heard_s: dict[str, float] = {}
+        """By topic: when its newest message came, in monotonic seconds."""
         self.problems: dict[str, int] = {}
         """Messages that could not be read, by reason."""
         topics: dict[tuple[str, str], list[tuple[str, ObservationFeature]]] = {}
@@ -118,6 +121,7 @@ class Streams:
         keys = [key for key, _ in features]
 
         def count(info: Any) -> None:
+            self.heard_s[topic] = time.monotonic()
             gap = counter.push(info["publication_sequence_number"])
             if gap and self._lost is not None:
                 for key in keys:

@@ -1,5 +1,7 @@
 """One testbed for each file of tests: two real cells and the real server."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("rclpy")
@@ -9,14 +11,14 @@ from .testbed import CHROMIUM_FLAGS, Testbed, arm, chromium, stepping
 
 
 @pytest.fixture(scope="module")
-def testbed(tmp_path_factory):
+def testbed(tmp_path_factory: Any):
     folder = tmp_path_factory.mktemp("console")
     with Testbed(folder, [arm(), stepping()]) as running:
         yield running
 
 
 @pytest.fixture
-def site(testbed):
+def site(testbed: Any):
     """The testbed, quiet: no episode, no stop, nobody's lease."""
     yield testbed
     testbed.poll()

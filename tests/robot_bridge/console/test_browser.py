@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,13 +26,13 @@ MEASURED = "() => window.vlaConsole.live.plan.rows.at(-1).measured"
 class Operator:
     """A person at a page."""
 
-    def __init__(self, page, link) -> None:
+    def __init__(self, page: Any, link: Any) -> None:
         self.page, self.errors = page, []
         page.set_default_timeout(DEADLINE_S * 1e3)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(link)
 
-    def ready(self, cell=CELL):
+    def ready(self, cell: Any = CELL):
         self.page.wait_for_selector(".banner[data-mode]:not([data-mode=OFF])")
         if self.page.evaluate("() => window.vlaConsole.cell.cell") != cell:
             self.page.select_option("[data-do=cell]", cell)
@@ -48,19 +49,23 @@ class Operator:
         self.page.wait_for_function("() => window.vlaConsole.mine")
         return self
 
-    def do(self, name):
+    def leave(self) -> None:
+        """Gives the cell back, so that nobody waits for the lease to lapse."""
+        self.page.evaluate("() => window.vlaConsole?.mine && window.vlaConsole.toggleLease()")
+
+    def do(self, name: Any):
         self.page.click(f"[data-do={name}]:enabled")
 
-    def mode(self, mode) -> None:
+    def mode(self, mode: Any) -> None:
         self.page.wait_for_selector(f".banner[data-mode={mode}]")
 
     def state(self):
         return self.page.evaluate(STATE)
 
-    def joint(self, index=0) -> float:
+    def joint(self, index: Any = 0) -> float:
         return self.page.evaluate(MEASURED)[index]
 
-    def rest(self, index=0) -> float:
+    def rest(self, index: Any = 0) -> float:
         """Where the joint is once it has come to rest."""
 
         def still() -> bool:
@@ -71,7 +76,7 @@ class Operator:
         until(still, "the arm to come to rest")
         return self.joint(index)
 
-    def start(self, policy=True):
+    def start(self, policy: Any = True):
         self.do("start")
         self.page.wait_for_function(
             "() => window.vlaConsole.live.state.episode?.running && window.vlaConsole.mine"
@@ -81,7 +86,7 @@ class Operator:
             self.insist(lambda: self.page.keyboard.press("p"), PLAN)
         return self
 
-    def hold(self, key="Space") -> None:
+    def hold(self, key: Any = "Space") -> None:
         """Holds the key until the arbiter gave control."""
 
         def press() -> None:
@@ -90,7 +95,7 @@ class Operator:
 
         self.insist(press, ".banner[data-mode=HUMAN]")
 
-    def insist(self, act, selector) -> None:
+    def insist(self, act: Any, selector: Any) -> None:
         """Again, as a person would: on a very busy machine a command may come too late."""
         self.page.evaluate("() => document.activeElement.blur()")
 
@@ -106,23 +111,27 @@ class Operator:
 
 
 @pytest.fixture
-def person(site, chrome):
+def person(site: Any, chrome: Any):
     """Makes operators; no page may have thrown anything."""
     opened, people = [], []
 
-    def make(link=None, **options):
+    def make(link: Any = None, script: Any = None, **options: Any):
         context = chrome.new_context(viewport={"width": 1440, "height": 900}, **options)
         opened.append(context)
+        if script is not None:
+            context.add_init_script(script)
         people.append(Operator(context.new_page(), link or site.operator_link))
         return people[-1]
 
     yield make
+    for someone in people:
+        someone.leave()
     for context in opened:
         context.close()
     assert [error for someone in people for error in someone.errors] == []
 
 
-def test_take_over_jog_blur_and_release(person):
+def test_take_over_jog_blur_and_release(person: Any):
     ann = person().ready().take().start()
     before = ann.joint()
     ann.hold()
@@ -156,7 +165,7 @@ def test_take_over_jog_blur_and_release(person):
     ann.do("cancel")
 
 
-def test_jog_on_the_pad_and_stop_with_one_key_wherever_one_is(person, site):
+def test_jog_on_the_pad_and_stop_with_one_key_wherever_one_is(person: Any, site: Any):
     ann = person().ready().take().start(policy=False)
     before = ann.joint(1)
     ann.page.locator("[data-axis='+joint2']").scroll_into_view_if_needed()
@@ -182,7 +191,106 @@ def test_jog_on_the_pad_and_stop_with_one_key_wherever_one_is(person, site):
     ann.do("cancel")
 
 
-def test_label_relabel_undo_and_notes_while_the_recorder_records(person, site):
+GAMEPAD = """
+window.standIn = {
+  id: "Stand-in pad", index: 0, connected: true, mapping: "standard", timestamp: 0,
+  axes: [0, 0, 0, 0],
+  buttons: Array.from({length: 17}, () => ({pressed: false, touched: false, value: 0})),
+};
+window.standInThere = false;
+navigator.getGamepads = () => [null, window.standInThere ? window.standIn : null];
+"""
+
+
+def test_a_gamepad_drives_changes_its_axes_and_stops(person: Any):
+    """The gamepad alone is a stand-in, where the browser's API hands it to the page."""
+    ann = person(script=GAMEPAD).ready().take().start(policy=False)
+
+    def press(button: Any, down: Any = True):
+        ann.page.evaluate(
+            "([b, down]) => { window.standIn.buttons[b].pressed = down; }", [button, down]
+        )
+
+    def push(*sticks: float):
+        ann.page.evaluate("(axes) => { window.standIn.axes = axes; }", list(sticks))
+
+    assert "No gamepad" in ann.page.text_content(".live-side")
+    ann.page.evaluate("() => { window.standInThere = true; }")
+    ann.page.wait_for_selector("text=Gamepad: Stand-in pad")
+    push(1, 0, 0, 0)  # sticks alone move nothing
+    before = ann.rest()
+    assert ann.state()["mode"] == "HOLD"
+
+    def held():  # a busy machine may miss the deadman's time-out: let go and press again
+        press(5, False)
+        ann.page.wait_for_function("() => !window.vlaConsole.driver.held")
+        press(5)
+
+    ann.insist(held, ".banner[data-mode=HUMAN]")
+    ann.page.wait_for_function(
+        "([from]) => window.vlaConsole.live.plan.rows.at(-1).measured[0] > from + 0.1",
+        arg=[before],
+    )
+    assert ann.page.evaluate("() => window.vlaConsole.driver.sum()") == {"joint1": 1}
+    press(5, False)
+    ann.mode("HOLD")
+    stopped = ann.rest()
+    press(15)  # the D-pad: the sticks' next four axes
+    ann.page.wait_for_selector("text=Gamepad moves joint5, joint6, joint7, gripper")
+    press(15, False)
+    push(0.05, -0.5, 0, 0)  # a tremor within the dead zone, and half of a stick that is up
+    ann.insist(held, ".banner[data-mode=HUMAN]")
+    sum_now = ann.page.evaluate("() => window.vlaConsole.driver.sum()")
+    assert sum_now == {"joint6": pytest.approx(((0.5 - 0.12) / 0.88) ** 2)}
+    # It is pulled out while it drives.
+    ann.page.evaluate("() => { window.standInThere = false; }")
+    ann.mode("HOLD")
+    assert ann.joint() == pytest.approx(stopped, abs=0.02)
+    ann.page.evaluate("() => { window.standInThere = true; }")
+    press(5, False)
+    press(1)
+    ann.mode("FAULT")
+    press(1, False)
+    ann.do("reset_stop")
+    ann.mode("HOLD")
+    ann.do("cancel")
+
+
+def test_the_plan_is_drawn_over_the_picture_while_the_policy_drives(person: Any):
+    ann = person().ready().take().start()
+    over = ".camera .plan-over[data-points]"
+    ann.insist(lambda: ann.page.keyboard.press("p"), over)
+    paths = ann.page.evaluate("() => window.vlaConsole.live.paths")
+    assert list(paths) == ["0"]
+    assert all(0 < x < 1 and 0 < y < 1 for x, y in paths["0"])  # the tool is in the picture
+    drawn = """() => {
+        const canvas = document.querySelector('.camera .plan-over');
+        const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        return data.reduce((n, value, i) => n + (i % 4 === 3 && value > 0 ? 1 : 0), 0);
+    }"""
+    assert ann.page.evaluate(drawn) > 20
+    ann.hold()
+    ann.page.wait_for_function("() => !document.querySelector('.camera .plan-over[data-points]')")
+    assert ann.page.evaluate(drawn) == 0
+    ann.page.keyboard.up("Space")
+    ann.mode("HOLD")
+    ann.do("cancel")
+
+
+def test_every_stream_has_rate_age_and_losses(person: Any):
+    ann = person().ready()
+    for stream in ("joint_states", "observation.images.front"):
+        cells = f"tr[data-stream='{stream}'] td"
+        ann.page.wait_for_function(
+            "(cells) => [...document.querySelectorAll(cells)].length === 3"
+            " && [...document.querySelectorAll(cells)].every((c) => /^[0-9]/.test(c.textContent))",
+            arg=cells,
+        )
+    text = ann.page.text_content("tr[data-stream=joint_states]")
+    assert "/ 25 Hz" in text
+
+
+def test_label_relabel_undo_and_notes_while_the_recorder_records(person: Any, site: Any):
     ann = person().ready().take().start()
     ann.hold()
     ann.page.keyboard.up("Space")
@@ -221,10 +329,14 @@ def test_label_relabel_undo_and_notes_while_the_recorder_records(person, site):
         assert ann.page.locator("td.remarks b").count() == 0
 
 
-def test_roll_back_says_what_will_happen_and_the_robot_follows(person, site):
+def test_roll_back_says_what_will_happen_and_the_robot_follows(person: Any, site: Any):
     ann = person().ready()
     ann.page.click("[data-page=learner]")
     ann.page.wait_for_selector("tr[data-version='3'][aria-current=true]")
+    shares = ann.page.text_content("tr[data-task='lift-cube']")
+    assert "20.0 %" in shares
+    assert "30.0 %" in shares
+    assert "a version to its first episode: 21 s" in ann.page.text_content(".tiles")
     ann.do("rollback")
     text = ann.page.text_content("dialog")
     assert "Roll back to v2" in text
@@ -251,7 +363,7 @@ def test_roll_back_says_what_will_happen_and_the_robot_follows(person, site):
     assert not site.registry.pinned
 
 
-def test_two_browsers_contend_for_one_cell(person):
+def test_two_browsers_contend_for_one_cell(person: Any):
     ann, bob = person(), person()
     ann.ready().take()
     bob.ready()
@@ -274,7 +386,7 @@ def test_two_browsers_contend_for_one_cell(person):
     bob.mode("HOLD")
 
 
-def test_a_page_that_freezes_while_driving_loses_control(person):
+def test_a_page_that_freezes_while_driving_loses_control(person: Any):
     ann = person().ready().take()
     bob = person().ready()
     ann.hold()
@@ -312,7 +424,7 @@ class Wire:
             for a, b in ((near, far), (far, near)):
                 threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
 
-    def _copy(self, source, target) -> None:
+    def _copy(self, source: Any, target: Any) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if self.cut.is_set():
@@ -326,7 +438,7 @@ class Wire:
             end.close()
 
 
-def test_a_cut_network_stops_the_robot_and_the_page_says_so(person, site):
+def test_a_cut_network_stops_the_robot_and_the_page_says_so(person: Any, site: Any):
     wire = Wire(site.port)
     try:
         link = site.operator_link.replace("127.0.0.1", "127.0.0.2")
@@ -347,7 +459,7 @@ def test_a_cut_network_stops_the_robot_and_the_page_says_so(person, site):
         wire.close()
 
 
-def test_a_wrong_token_is_told_in_words_and_the_right_one_leaves_no_trace(person, site):
+def test_a_wrong_token_is_told_in_words_and_the_right_one_leaves_no_trace(person: Any, site: Any):
     ann = person(f"{site.address}/#token=wrong")
     ann.page.wait_for_selector(".error:has-text('not a token of this console')")
     ann.page.fill("input[name=token]", site.token())
@@ -363,7 +475,9 @@ def test_a_wrong_token_is_told_in_words_and_the_right_one_leaves_no_trace(person
     other.page.wait_for_selector("input[name=token]")
 
 
-def test_the_fleet_page_leads_to_a_lockstep_cell_that_is_driven_in_its_real_time(person, site):
+def test_the_fleet_page_leads_to_a_lockstep_cell_that_is_driven_in_its_real_time(
+    person: Any, site: Any
+):
     ann = person().ready()
     ann.page.click("[data-page=fleet]")
     ann.page.click("[data-do=attend-sawyer_state]:enabled")
@@ -384,7 +498,7 @@ def test_the_fleet_page_leads_to_a_lockstep_cell_that_is_driven_in_its_real_time
     ann.page.wait_for_function("() => !window.vlaConsole.live.state.episode")
 
 
-def test_keys_are_shown_remapped_and_change_places(person):
+def test_keys_are_shown_remapped_and_change_places(person: Any):
     ann = person().ready().take()
     ann.page.click("[data-page=keys]")
     ann.page.click("[data-key='hold']")
@@ -401,15 +515,16 @@ def test_keys_are_shown_remapped_and_change_places(person):
     assert ann.page.text_content("[data-key='hold']") == "Space"
 
 
-def test_every_control_has_a_name_and_the_mode_is_said(person):
+def test_every_control_has_a_name_and_the_mode_is_said(person: Any):
     ann = person().ready().take()
     for page in ("live", "episodes", "learner", "fleet", "keys"):
         ann.page.click(f"[data-page={page}]")
         ann.page.wait_for_timeout(200)
         nameless = ann.page.evaluate(
             """() => [...document.querySelectorAll('button, select, input, textarea, canvas')]
-                .filter((e) => e.offsetParent !== null && !(e.getAttribute('aria-label')
-                    || e.textContent.trim() || e.labels?.length || e.title))
+                .filter((e) => e.offsetParent !== null && !e.closest('[aria-hidden=true]'))
+                .filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim()
+                    || e.labels?.length || e.title))
                 .map((e) => e.outerHTML)"""
         )
         assert nameless == [], page
@@ -418,11 +533,13 @@ def test_every_control_has_a_name_and_the_mode_is_said(person):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pictures_of_every_page(person, tmp_path, scheme):
+def test_pictures_of_every_page(person: Any, tmp_path: Path, scheme: Any):
     """Look at them: VLA_POST_SCREENSHOTS=docs/images keeps them there."""
     folder = Path(os.environ.get("VLA_POST_SCREENSHOTS") or tmp_path)
     ann = person(color_scheme=scheme).ready().take().start()
     ann.page.wait_for_function("() => window.vlaConsole.live.plan.rows.length > 60")
+    ann.insist(lambda: ann.page.keyboard.press("p"), ".camera .plan-over[data-points]")
+    ann.page.screenshot(path=folder / f"console_plan_{scheme}.png")
     ann.hold()
     ann.page.keyboard.down("q")
     ann.page.wait_for_timeout(700)

@@ -23,6 +23,7 @@ from vla_post.export.registry import Registry
 from ..graph import checkpoint
 
 DEADLINE_S = float(os.environ.get("VLA_POST_TEST_DEADLINE_S", "60"))
+ARM_MODEL = "../franka_arm.xml"
 CHROMIUM_FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -44,7 +45,11 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
 
 def arm(**changes: Any) -> Contract:
     """The simulated Franka in real time, patient enough for a busy machine; one small camera."""
-    data = load_contract(sim.CONTRACTS / "franka_joint.yaml").to_dict()
+    whole = load_contract(sim.CONTRACTS / "franka_joint.yaml")
+    data = whole.to_dict()
+    front = whole.view.cameras["observation.images.front"]
+    focal = front.focal_px[0] * 96 / 128
+    view = {"observation.images.front": front.model_copy(update={"focal_px": (focal, focal)})}
     camera = data["observations"]["observation.images.front"] | {
         "shape": [96, 128, 3],
         "rate_hz": 10,
@@ -61,14 +66,21 @@ def arm(**changes: Any) -> Contract:
         "chunk_max_age_ms": 5000,
         "teleop_timeout_ms": 2000,
         "overrun_ticks": 1000,
-        "workspace": None,
+        # Out of reach: it only says where the tool is, for the plan over the picture.
+        "workspace": data["safety"]["workspace"]
+        | {"low": [-9, -9, -9], "high": [9, 9, 9], "model": str(sim.CONTRACTS / ARM_MODEL)},
     }
     data["chunk_horizon"], data["execute_steps"] = 50, 10
     data["tasks"] = {
         "lift-cube": {"instruction": "Pick up the cube", "time_limit_s": 1000.0},
         "place-cube": {"instruction": "Put the cube on the spot", "time_limit_s": 1000.0},
     }
-    return Contract.model_validate(data | changes)
+    return Contract.model_validate(data | {"view": {"cameras": view}} | changes)
+
+
+def written(contract: Contract) -> str:
+    """As the YAML file of a cell, which also says how people see it."""
+    return json.dumps(contract.to_dict() | {"view": contract.view.model_dump(mode="json")})
 
 
 def stepping(**changes: Any) -> Contract:
@@ -114,17 +126,24 @@ class Testbed:
                     "update": update,
                     "loss": 0.6 * 0.992**update + noise.uniform(0, 0.05),
                     "online_share": 0.5,
+                    # As the adaptive mixture writes them: two tasks alike, unlike inside.
+                    "mix/lift-cube/online": 0.2,
+                    "mix/lift-cube/offline": 0.3,
+                    "mix/place-cube/online": 0.4,
+                    "mix/place-cube/offline": 0.1,
                     "version": 1 + update // 100,
                 }
                 file.write(json.dumps(row) + "\n")
                 if update % 100 == 0:
+                    file.write(json.dumps({"first_batch_of": "e", "tick_to_batch_s": 9.0}) + "\n")
+                    file.write(json.dumps({"running": 1, "update_to_robot_s": 21.0}) + "\n")
                     line = {"published": 1 + update // 100, "at_update": update}
                     file.write(json.dumps(line) + "\n")
 
     def _group(self, contract: Contract, versions: bool) -> ProcessGroup:
         path = self.folder / f"{contract.cell}.yaml"
-        path.write_text(json.dumps(contract.to_dict(), indent=1))
-        policy: dict[str, Path] = (
+        path.write_text(written(contract))
+        policy: dict[str, Any] = (
             {"registry": self.registry.root}
             if versions
             else {"policy": checkpoint(self.folder / f"policy_{contract.cell}", contract)}
@@ -179,8 +198,9 @@ class Testbed:
                 stderr=log,
                 env=dict(os.environ),
             )
-        until(lambda: ready.exists() or self.server.poll() is not None, "the console")
-        assert self.server.poll() is None, (self.logs / "console.log").read_text()
+        server = self.server
+        until(lambda: ready.exists() or server.poll() is not None, "the console")
+        assert server.poll() is None, (self.logs / "console.log").read_text()
         self.operator_link, self.viewer_link = ready.read_text().split()
         self.address = self.operator_link.partition("/#")[0]
         self.port = int(self.address.rpartition(":")[2])

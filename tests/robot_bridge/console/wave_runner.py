@@ -1,6 +1,7 @@
 """The real runner node with a policy that sways: its chunks move, and its versions differ."""
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -11,13 +12,13 @@ from robot_bridge.nodes.runner import RunnerNode
 class SwayingPolicy:
     """Stands in for a network: small sines around where the robot is."""
 
-    def __init__(self, contract) -> None:
+    def __init__(self, contract: Any) -> None:
         self.contract_sha256 = contract.sha256
         self.observation_keys = ("observation.state",)
         self.horizon = contract.chunk_horizon
         self._contract, self._calls = contract, 0
 
-    def act(self, observation, instruction, seed=0):
+    def act(self, observation: Any, instruction: Any, seed: Any = 0):
         self._calls += 1
         contract = self._contract
         time_s = np.arange(self.horizon) / contract.control_hz + 0.2 * self._calls
@@ -26,14 +27,14 @@ class SwayingPolicy:
             return (0.3 * sway).astype(np.float32)
         state = np.asarray(observation["observation.state"], np.float32)
         low, high = np.array(contract.action.limits.position, np.float32).T
-        return np.clip(state + 0.02 * sway, low, high).astype(np.float32)
+        return np.clip(state + 0.1 * sway, low, high).astype(np.float32)
 
     def close(self):
         pass
 
 
 class SwayingRunner(RunnerNode):
-    def load(self, path):
+    def load(self, path: Any) -> Any:
         return SwayingPolicy(self.contract)
 
 

@@ -1,5 +1,6 @@
 // Pictures: decoded off the page's thread, drawn once a frame, acknowledged when drawn.
 
+import { colour, line, prepare } from "./charts.js";
 import { attribute, fill, h, say } from "./dom.js";
 import { t } from "./strings.js";
 
@@ -25,9 +26,10 @@ export class Cameras {
     this.decoding.clear();
     this.views = cameras.map((camera) => {
       const canvas = h("canvas", { width: camera.width, height: camera.height, role: "img", "aria-label": camera.name });
+      const plan = h("canvas", { class: "plan-over", "aria-hidden": "true" });
       const note = h("span", { class: "note" }, t("camera.wait"));
-      const figure = h("figure", { class: "camera" }, canvas, h("figcaption", {}, h("b", {}, camera.name), note));
-      return { canvas, note, figure, context: null, drawn: 0, age: 0, seen: 0 };
+      const figure = h("figure", { class: "camera" }, canvas, plan, h("figcaption", {}, h("b", {}, camera.name), note));
+      return { canvas, plan, note, figure, context: null, drawn: 0, age: 0, seen: 0 };
     });
     attribute(this.element, "data-count", this.views.length);
     fill(this.element, this.views.map((view) => view.figure));
@@ -94,6 +96,26 @@ export class Cameras {
     }
     this.ready.clear();
     if (done.length) this.link.send({ type: "drawn", cameras: done });
+  }
+
+  // Where the plan leads the tool: camera -> [[x, y]] in shares of the picture; {} draws nothing.
+  drawPaths(paths) {
+    this.views.forEach((view, number) => {
+      const points = paths[number] ?? [];
+      if (!points.length && !view.plan.dataset.points) return;
+      attribute(view.plan, "data-points", points.length || null);
+      const { context, width, height } = prepare(view.plan);
+      const scale = Math.min(width / view.canvas.width, height / view.canvas.height); // as object-fit does
+      const [w, tall] = [view.canvas.width * scale, view.canvas.height * scale];
+      const shown = points.filter(([x]) => x !== null).map(([x, y]) => [(width - w) / 2 + x * w, (height - tall) / 2 + y * tall]);
+      if (!shown.length) return;
+      line(context, shown, { stroke: "rgb(0 0 0 / 60%)", width: 5 });
+      line(context, shown, { stroke: colour("over-picture"), width: 2.5 });
+      context.fillStyle = colour("over-picture");
+      context.beginPath();
+      context.arc(...shown[shown.length - 1], 4, 0, 7);
+      context.fill();
+    });
   }
 
   count() {

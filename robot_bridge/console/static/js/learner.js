@@ -14,6 +14,10 @@ export class Learner {
     this.success = h("canvas", { class: "chart", role: "img", "aria-label": t("learner.success") });
     this.curves = h("div", { class: "curve-grid" });
     this.lossNote = h("span", { class: "note" });
+    this.shares = h("tbody");
+    this.mixture = h("section", { class: "card", hidden: true }, h("div", { class: "card-head" }, h("h2", {}, t("mixture.title")),
+      h("p", { class: "legend" }, ["online", "offline"].map((kind) => [h("span", { class: `key mix ${kind}` }), t(`mixture.${kind}`)]))),
+      h("table", { class: "mixture" }, h("thead", { class: "visually-hidden" }, h("tr", {}, ["task", "share", "online", "offline"].map((name) => h("th", { scope: "col" }, t(`mixture.${name}`))))), this.shares));
     this.more = h("details", { class: "card" }, h("summary", {}, t("learner.curves")), this.curves);
     this.more.addEventListener("toggle", () => this.drawCurves());
     this.versions = h("tbody");
@@ -26,7 +30,7 @@ export class Learner {
       h("div", { class: "halves" },
         h("section", { class: "card" }, h("div", { class: "card-head" }, h("h2", {}, t("learner.loss")), this.lossNote), this.loss),
         h("section", { class: "card" }, h("h2", {}, t("learner.success")), this.success)),
-      this.more,
+      this.mixture, this.more,
       h("section", { class: "card table-card" },
         h("div", { class: "card-head" }, h("h2", {}, t("versions.title")), this.pinned, h("span", { class: "grow" }), this.rollback),
         h("table", { class: "list" }, h("thead", {}, h("tr", {}, heads.map((name) => h("th", { scope: "col" }, t(`versions.${name}`))), h("th", {}))), this.versions)),
@@ -50,6 +54,20 @@ export class Learner {
     this.drawLoss();
     this.drawSuccess();
     this.drawCurves();
+    this.showMixture();
+  }
+
+  showMixture() {
+    const { mixture } = this.progress;
+    const percent = (x) => `${(100 * x).toFixed(1)} %`;
+    const most = Math.max(0.01, ...mixture.map((row) => row.online + row.offline));
+    this.mixture.hidden = !mixture.length;
+    fill(this.shares, mixture.map((row) => {
+      const bar = h("div", { class: "mix-bar", "aria-hidden": "true" }, ["online", "offline"].map((kind) => h("span", { class: `mix ${kind}` })));
+      ["online", "offline"].forEach((kind, i) => (bar.children[i].style.width = `${(100 * row[kind]) / most}%`));
+      return h("tr", { "data-task": row.task }, h("th", { scope: "row" }, row.task), h("td", { class: "grow" }, bar),
+        h("td", { class: "number" }, percent(row.online)), h("td", { class: "number" }, percent(row.offline)));
+    }));
   }
 
   showTiles() {
@@ -59,6 +77,7 @@ export class Learner {
     const percent = (x) => `${Math.round(100 * x)} %`;
     const share = recent.episodes ? recent.success_alone / recent.episodes : 0;
     const newest = registry.versions[0]?.version;
+    const fresh = ["tick_to_batch_s", "update_to_robot_s"].filter((name) => name in progress.freshness);
     const stale = [...this.app.states.values()].filter((s) => s.policy?.version && newest)
       .map((s) => [newest - s.policy.version, t("learner.stale.cell", { cell: s.cell, runs: s.policy.version, newest })]);
     fill(this.cards,
@@ -67,7 +86,8 @@ export class Learner {
         recent.episodes ? interval(share, recent.low, recent.high) : null),
       tile(t("learner.intervened"), recent.episodes ? percent(recent.intervened / recent.episodes) : "–", recent.episodes ? `${percent(recent.human_share)} ${t("learner.humanshare")}` : ""),
       tile(t("learner.human"), progress.human_minutes.toFixed(1), t("learner.episodes", { n: progress.episodes })),
-      stale.length ? tile(t("learner.stale"), String(Math.max(...stale.map(([n]) => n))), stale.map(([, text]) => text).join("; ")) : null);
+      stale.length ? tile(t("learner.stale"), String(Math.max(...stale.map(([n]) => n))), stale.map(([, text]) => text).join("; ")) : null,
+      fresh.length ? tile(t("learner.fresh"), span(progress.freshness[fresh[0]]), fresh.map((name) => t(`learner.${name}`, { time: span(progress.freshness[name]) })).join("; ")) : null);
   }
 
   drawLoss() {

@@ -21,12 +21,17 @@ export class Live {
     this.runs = [];
     this.clipped = {};
     this.limits = new Map();
+    this.paths = {};
     this.build();
     const on = (type, handler) => app.link.addEventListener(type, (event) => {
       if (event.detail?.cell === app.cell?.cell) handler(event.detail);
     });
     on("trace", (message) => this.plan.trace(message));
-    on("chunk", (message) => this.plan.setChunk(message));
+    on("chunk", (message) => {
+      this.plan.setChunk(message);
+      this.paths = message.paths;
+      this.showPaths();
+    });
     on("streams", (message) => this.showStreams(message));
     on("timeline", (message) => (this.runs = message.runs));
     on("event", (message) => this.addEvent(message.event));
@@ -127,7 +132,7 @@ export class Live {
     return h("div", { class: "thirds" },
       h("section", { class: "card" }, h("h2", {}, t("streams.title")),
         h("table", { class: "streams" },
-          h("thead", {}, h("tr", {}, ["name", "rate", "age"].map((name) => h("th", { scope: "col" }, t(`streams.${name}`))))),
+          h("thead", {}, h("tr", {}, ["name", "rate", "age", "lost"].map((name) => h("th", { scope: "col" }, t(`streams.${name}`))))),
           this.streams)),
       h("section", { class: "card" }, h("h2", {}, t("streams.nodes")), this.nodes),
       h("section", { class: "card" }, h("h2", {}, t("events.title")), this.events));
@@ -142,6 +147,7 @@ export class Live {
     fill(this.events);
     fill(this.streams);
     this.runs = [];
+    this.paths = {};
     this.cameras.show(cell.cameras);
     this.plan.show(cell.action);
     fill(this.task, Object.keys(cell.tasks).map((name) => h("option", { value: name }, name)));
@@ -209,8 +215,14 @@ export class Live {
     this.showLease(state);
     this.showEpisode(state);
     this.showClutch(state);
+    this.showPaths();
     this.resetStop.hidden = mode !== "FAULT";
     for (const [name, value] of Object.entries(state.traces ?? {})) this.addTrace(name, value);
+  }
+
+  // Only what is about to run: nobody follows the plan while a person drives.
+  showPaths() {
+    this.cameras.drawPaths(this.state?.online && this.state.mode === "POLICY" ? this.paths : {});
   }
 
   showFacts(state) {
@@ -309,17 +321,16 @@ export class Live {
     const limit = (row) => row.nominal_hz ? Math.max(500, 3000 / row.nominal_hz) : Infinity;
     fill(this.streams, message.streams.map((row) => {
       const late = row.nominal_hz !== null && !cell.lockstep && (row.age_ms === null || row.age_ms > limit(row));
-      const nominal = row.nominal_hz ? ` / ${short(row.nominal_hz)}` : "";
-      return h("tr", { "data-late": late },
+      const rate = row.rate_hz === null ? "–" : short(row.rate_hz);
+      const age = row.age_ms === null ? "–" : row.age_ms < 10000 ? `${row.age_ms} ms` : span(row.age_ms / 1e3);
+      return h("tr", { "data-late": late, "data-stream": row.key },
         h("th", { scope: "row" }, row.key.replace("observation.images.", "")),
-        h("td", {}, `${short(row.rate_hz)}${nominal} Hz`),
-        h("td", {}, row.age_ms === null ? "–" : row.age_ms < 10000 ? `${row.age_ms} ms` : span(row.age_ms / 1e3)));
+        h("td", {}, row.nominal_hz ? `${rate} / ${short(row.nominal_hz)} Hz` : `${rate} Hz`),
+        h("td", {}, age),
+        h("td", { "data-losing": row.losing }, row.lost === null ? "–" : String(row.lost)));
     }));
-    fill(this.nodes, (this.state?.nodes ?? []).map((node) => {
-      const lost = message.nodes[node.name]?.lost;
-      return h("li", { "data-level": node.level },
-        h("b", {}, node.name), " ", t(`node.${node.level}`), node.message ? `: ${node.message}` : "", lost ? `, ${t("streams.lost")} ${lost}` : "");
-    }));
+    fill(this.nodes, (this.state?.nodes ?? []).map((node) => h("li", { "data-level": node.level },
+      h("b", {}, node.name), " ", t(`node.${node.level}`), node.message ? `: ${node.message}` : "")));
   }
 
   addEvent(event) {
