@@ -19,6 +19,7 @@ from typing import IO, Literal, Self
 
 from robot_bridge.dds import LOOPBACK, use_default_profile
 from trajectory_store.contract import Contract, load_contract
+from trajectory_store.repository import normalise
 
 Value = bool | int | float | str | list[str]
 Restart = Literal["always", "never"]
@@ -36,8 +37,8 @@ class CellConfig:
     """What runs on one cell."""
 
     contract: Path
-    registry: Path | None = None
-    """Folder of policy versions; the runner follows the active one."""
+    registry: str | Path | None = None
+    """Folder or s3:// prefix of policy versions; the runner follows the active one."""
     policy: Path | None = None
     """A fixed checkpoint folder instead of a registry. Neither: no runner (teleoperation only)."""
     backend: Literal["torch", "onnx"] = "torch"
@@ -52,6 +53,13 @@ class CellConfig:
     """Let the policy propose while a human drives, for `action.policy` in the store."""
     store: Path | None = None
     """Trajectory store to record into. None: no recorder."""
+    uplink: str = ""
+    """Deliver the store's closed episodes to this prefix of the fleet: a folder or s3://.... Empty:
+    they stay here."""
+    uplink_name: str = ""
+    """Of this cell there; empty: the store's folder name."""
+    uplink_mbit_s: float = 0.0
+    """Limit of what is sent, in megabits a second; 0: none."""
     bag: Path | None = None
     """Folder for MCAP files with every topic as it went over the wire, beside the store."""
     simulated: bool = True
@@ -77,6 +85,8 @@ class CellConfig:
     def __post_init__(self) -> None:
         if self.registry is not None and self.policy is not None:
             raise ValueError("both a registry and a fixed policy were given; the runner runs one")
+        if self.uplink and self.store is None:
+            raise ValueError(f"nothing is recorded that could go to {self.uplink}; name a store")
         if self.real_time_factor <= 0:
             raise ValueError(f"real_time_factor is {self.real_time_factor}; it must be > 0")
 
@@ -158,7 +168,7 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
         managed.append("runner")
         source = {"backend": "remote", "policy": config.server}
         if config.registry is not None:
-            source = {"backend": config.backend, "registry": str(config.registry.resolve())}
+            source = {"backend": config.backend, "registry": normalise(config.registry)}
         elif config.policy is not None:
             source = {"backend": config.backend, "policy": str(config.policy.resolve())}
         nodes.append(
@@ -193,12 +203,22 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
         nodes.append(spec("teleop", "robot_bridge.nodes.teleop", config.teleop))
     if config.console is not None:
         shown: dict[str, Value] = {
-            name: str(path.resolve())
-            for name, path in (("store", config.store), ("registry", config.registry))
-            if path is not None
+            name: normalise(place)
+            for name, place in (("store", config.store), ("registry", config.registry))
+            if place is not None
         }
         console = spec("console", "robot_bridge.nodes.console", shown | dict(config.console))
         nodes.append(replace(console, essential=False))
+    if config.uplink:
+        assert config.store is not None
+        delivery: dict[str, Value] = {
+            "store": str(config.store.resolve()),
+            "dest": normalise(config.uplink),
+            "name": config.uplink_name,
+            "bandwidth_mbit_s": float(config.uplink_mbit_s),
+        }
+        uplink = spec("uplink", "robot_bridge.nodes.uplink", delivery)
+        nodes.append(replace(uplink, essential=False))
     if config.operator is not None:
         nodes.append(spec("operator", "sim.nodes.operator", config.operator, restart="never"))
     return nodes

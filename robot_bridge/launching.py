@@ -18,13 +18,19 @@ from robot_bridge.fleet import FleetConfig, fleet_nodes
 
 ARGUMENTS: Mapping[str, tuple[str, str]] = {
     "contract": ("", "path of the cell contract (YAML)"),
-    "registry": ("", "folder of policy versions; the runner follows the active one"),
+    "registry": (
+        "",
+        "policy versions (folder or s3://); the runner follows the active one",
+    ),
     "policy": ("", "checkpoint folder of one fixed policy, instead of a registry"),
     "backend": ("torch", "torch or onnx"),
     "server": ("", "ws:// address of a policy server, instead of a registry or a policy"),
     "shadow": ("", "candidate beside the policy that moves nothing: folder, version or newest"),
     "shadow_log": ("", "file that gets every comparison of the shadow as one JSON line"),
     "store": ("", "trajectory store to record into; empty: record nothing"),
+    "uplink": ("", "deliver the store's episodes to this prefix, e.g. s3://fleet/cells; empty: no"),
+    "uplink_name": ("", "of this cell there; empty: the store's folder name"),
+    "uplink_mbit_s": ("0", "limit of what is sent, in megabits a second; 0: none"),
     "bag": ("", "folder for MCAP files with every topic; empty: none"),
     "events_log": ("", "file that gets every event as one JSON line"),
     "auto_resume": ("false", "true: episodes start with the policy driving"),
@@ -122,13 +128,16 @@ def cell_config(given: Mapping[str, str], *, simulated: bool) -> CellConfig:
     }
     return CellConfig(
         contract=contract,
-        registry=path("registry"),
+        registry=given.get("registry") or None,
         policy=path("policy"),
         backend=backend,
         server=given.get("server", ""),
         shadow=given.get("shadow", ""),
         shadow_log=path("shadow_log"),
         store=path("store"),
+        uplink=given.get("uplink", ""),
+        uplink_name=given.get("uplink_name", ""),
+        uplink_mbit_s=float(given.get("uplink_mbit_s", "0")),
         bag=path("bag"),
         events_log=path("events_log"),
         simulated=simulated,

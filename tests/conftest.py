@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,3 +36,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ros"):
             item.add_marker(pytest.mark.flaky(reruns=2))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real S3 server in a process of its own."""
+    pytest.importorskip("moto", reason="the dev extra is not installed")
+    from .s3 import S3Server
+
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A proxy in front of it that can be cut, named by AWS_*; the bucket `fleet` is empty."""
+    import boto3
+
+    from .s3 import Proxy, client_environment
+
+    proxy = Proxy(s3_server.port)
+    for name, value in client_environment(proxy.port).items():
+        monkeypatch.setenv(name, value)
+    yield proxy
+    proxy.close()
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_server.port}")
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="fleet"):
+        keys = [{"Key": entry["Key"]} for entry in page.get("Contents", ())]
+        if keys:
+            client.delete_objects(Bucket="fleet", Delete={"Objects": keys})
+    client.close()

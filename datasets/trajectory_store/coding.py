@@ -7,6 +7,7 @@ opens them.
 """
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
@@ -76,7 +77,7 @@ def unpack_strings(data: bytes | None, what: str) -> list[str]:
     return texts
 
 
-def pack_shard(frames: list[bytes], size: int) -> tuple[bytes, list[tuple[int, int]]]:
+def pack_shard(frames: Sequence[bytes], size: int) -> tuple[bytes, list[tuple[int, int]]]:
     """A shard of `size` frames, of which the first `len(frames)` are there.
 
     Returns:

@@ -27,6 +27,9 @@ from trajectory_store.repository import Snapshot, set_many, translated
 from trajectory_store.schema import BRANCH, CHUNK_ROWS, Episode
 from trajectory_store.segment import Segment
 
+Put = Callable[[Any, dict[str, bytes]], None]
+"""Writes chunks, by zarr key, into the store of a session."""
+
 
 def commit(
     repository: icechunk.Repository,
@@ -36,15 +39,20 @@ def commit(
     message: str = "ticks",
     *,
     durable: bool = True,
+    put: Put | None = None,
 ) -> Head:
     """Writes the segments after `head` in one atomic commit and returns the new head.
 
     Args:
         durable: survives a power cut when this returns (`durability.py`).
+        put: sends chunks on their way; with it each shard of frames goes as soon as it is packed,
+            so that an episode larger than memory can pass. Nothing is visible before the commit.
 
     Raises:
         StoreUnavailable: nothing of it was committed, or the answer was lost; `read_head` tells.
     """
+    with translated(location):
+        session = _session(repository, location, head)
     values: dict[str, bytes] = {}
     rows, table, n_episodes = head.rows, list(head.table_tail), head.n_episodes
     table_first = n_episodes - len(table)
@@ -52,6 +60,9 @@ def commit(
     shards, metadata = dict(head.shards), dict(head.metadata)
     parts: dict[str, list[np.ndarray]] = {name: [tail] for name, tail in head.tails.items()}
     open_frames = {k: list(v) for k, v in head.open_frames.items()}
+    if put is not None:
+        with translated(location):
+            put(session.store, _room_for_frames(head, segments))
 
     for segment in segments:
         n = segment.n_ticks
@@ -73,7 +84,11 @@ def commit(
             for start in range(0, len(frames), array.shard):
                 shard = shards[key]
                 data, spans = pack_shard(frames[start : start + array.shard], array.shard)
-                values[array.shard_key(shard)] = data
+                if put is None:
+                    values[array.shard_key(shard)] = data
+                else:
+                    with translated(location):
+                        put(session.store, {array.shard_key(shard): data})
                 found += [(shard * array.shard + i, o, s) for i, (o, s) in enumerate(spans)]
                 shards[key] = shard + 1
             references = segment.data[array.reference][:, 0] - base
@@ -130,10 +145,19 @@ def commit(
     )
     values["zarr.json"] = new.root_node()
     with translated(location):
-        session = _session(repository, location, head)
-        set_many(session.store, values)
+        (put or set_many)(session.store, values)
         new.snapshot_id = commit_session(repository, location, session, message, durable=durable)
     return new
+
+
+def _room_for_frames(head: Head, segments: Sequence[Segment]) -> dict[str, bytes]:
+    """zarr.json of the frame arrays, as long as they will be: chunks must lie inside."""
+    out: dict[str, bytes] = {}
+    for key, array in head.frames.items():
+        more = sum(-(-len(s.frames.get(key, ())) // array.shard) for s in segments)
+        node = _grown(head.metadata[key], (head.shards[key] + more) * array.shard)
+        out[f"{key}/zarr.json"] = json.dumps(node).encode()
+    return out
 
 
 def _session(repository: icechunk.Repository, location: str, head: Head) -> icechunk.Session:

@@ -30,6 +30,7 @@ class WriterLock:
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "token": os.urandom(8).hex(),
+            "processes": _processes(),
         }
         self._handle: int | None = None
         self._path = Path()
@@ -91,7 +92,7 @@ class WriterLock:
         with translated(self.location):
             found = repository.get_metadata()
             foreign = found.get("token") != self.holder["token"]
-            if foreign and float(found.get("until", 0.0)) > time.time():
+            if foreign and float(found.get("until", 0.0)) > time.time() and not _has_died(found):
                 raise self._busy(found)
             if foreign and not check and found.get("token"):
                 raise self._busy(found)
@@ -105,6 +106,29 @@ class WriterLock:
             f"{self.location}: {who} ({where}, since {holder.get('since', '?')}) is writing here; "
             "a store has one writer. Stop it, or give this writer its own folder."
         )
+
+
+def _processes() -> str:
+    """Names the set of processes in which a process id means something: this boot's, this
+    container's."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _has_died(holder: dict[str, Any]) -> bool:
+    """The holder of a lease was a process of this machine and is gone; no need to wait for it."""
+    if not holder.get("processes") or holder["processes"] != _processes():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (KeyError, ValueError, OSError):
+        pass
+    return False
 
 
 def _read_holder(path: Path) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""Looking after a store: labels, deletion, merge and split, and `gc`.
+"""Looking after a store: labels, deletion and `gc`. Copies between stores: `copying.py`.
 
 Everything that writes takes the writer's lock, so it is refused while a robot records into the
 store. Nothing is deleted before `gc`, and then only by its policy.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,31 +14,21 @@ from pathlib import Path
 import icechunk
 import numpy as np
 
-from trajectory_store.commit import commit, replace_episodes
-from trajectory_store.contract import Contract
-from trajectory_store.durability import prune_backups, restore_repo_file, settle
+from trajectory_store.commit import replace_episodes
+from trajectory_store.durability import prune_backups, settle
 from trajectory_store.errors import EpisodeState, StoreError
-from trajectory_store.head import Head, is_store, read_head
-from trajectory_store.layout import create, evolve
+from trajectory_store.head import Head, read_head
 from trajectory_store.lock import WriterLock
 from trajectory_store.reader import Store
 from trajectory_store.repository import (
-    create_repository,
     delete_many,
     normalise,
     open_repository,
     translated,
 )
 from trajectory_store.schema import BRANCH, Episode, Outcome
-from trajectory_store.segment import Segment
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, of)."""
-
-
-def _quiet(_what: str, _done: int, _of: int) -> None:
-    return
 
 
 @contextmanager
@@ -133,158 +122,6 @@ def undelete(path: str | Path, uuids: Sequence[str]) -> list[Episode]:
         return e.replace(deleted=False)
 
     return change_episodes(path, uuids, change, "undelete")
-
-
-# Copying between stores
-
-
-def episode_segment(store: Store, episode: Episode, target: Head) -> Segment:
-    """A whole episode as a segment of another store; frames as their encoded bytes."""
-    data: dict[str, np.ndarray] = {}
-    frames: dict[str, list[bytes]] = {}
-    names = [n for n in store.columns if n in target.columns]
-    for name in names:
-        data[name] = store.read(name, episode).copy()
-    for name in ("late", "dropped"):
-        data[name] = _remap_bits(data[name], list(store.info.features), target.features)
-    for key, array in store.frames.items():
-        if key not in target.frames:
-            continue
-        places = data[array.reference]
-        numbers, first, back = np.unique(places[:, 0], return_index=True, return_inverse=True)
-        seen = numbers >= 0
-        frames[key] = store.read_frames(key, places[first[seen]])
-        order = np.full(len(numbers), -1)
-        order[seen] = np.arange(seen.sum())
-        places[:, 0] = order[back]
-    for key in target.frames:
-        frames.setdefault(key, [])
-        data.setdefault(target.frames[key].reference, np.full((len(episode), 3), -1, np.int32))
-    relative = episode.replace(first_row=0, end_row=len(episode))
-    return Segment(relative, data, frames, dict.fromkeys(frames, 0))
-
-
-def _remap_bits(bits: np.ndarray, old: list[str], new: list[str]) -> np.ndarray:
-    out = np.zeros_like(bits)
-    for i, key in enumerate(old):
-        out |= ((bits >> i) & 1).astype(bits.dtype) << new.index(key)
-    return out
-
-
-def merge(
-    sources: Iterable[str | Path | Store],
-    target: str | Path,
-    *,
-    keep: Callable[[Episode], bool] = lambda e: True,
-    writer: str = "merge",
-    progress: Progress = _quiet,
-) -> list[str]:
-    """Copies finished episodes into `target`, each exactly once by its uuid; one commit per
-    episode.
-
-    Run again after an interruption, it goes on with what is missing. This is also how a robot's
-    store is delivered to the fleet's: `merge([local], "s3://...")`.
-
-    Returns:
-        uuids of the episodes copied now.
-
-    Raises:
-        SchemaMismatch: the stores' contracts contradict each other; nothing was copied from there.
-    """
-    location = normalise(target)
-    stores = [s if isinstance(s, Store) else Store(s) for s in sources]
-    if not stores:
-        raise StoreError("nothing to merge: no source store given")
-    for store in stores:
-        if store.location == location:
-            raise StoreError(f"{location}: cannot be merged into itself")
-    lock = WriterLock(location, writer)
-    lock.acquire()
-    copied: list[str] = []
-    try:
-        restore_repo_file(location)
-        if not is_store(location):
-            contract = stores[0].contract
-            create_repository(location, lambda r: create(r, location, contract, writer))
-            lock.refresh()
-        repository = open_repository(location)
-        head = read_head(repository, location)
-        known = {e.uuid for e in Store(location).table}
-        wanted = [
-            (s, e)
-            for s in stores
-            for e in s.table
-            if not (e.is_open or e.deleted or e.damaged or e.purged)
-            and e.uuid not in known
-            and keep(e)
-        ]
-        for done, (store, episode) in enumerate(wanted):
-            progress(episode.uuid, done, len(wanted))
-            if episode.uuid in known:
-                continue  # in two sources
-            contract = store.contracts[episode.contract_sha256]
-            head = _admit(repository, location, head, contract)
-            segment = episode_segment(store, episode, head)
-            head = commit(repository, location, head, [segment], "merge")
-            known.add(episode.uuid)
-            copied.append(episode.uuid)
-            lock.refresh()
-        progress("", len(wanted), len(wanted))
-    finally:
-        lock.release()
-    return copied
-
-
-def _admit(repository: icechunk.Repository, location: str, head: Head, contract: Contract) -> Head:
-    if contract.sha256 in head.contracts:
-        return head
-    evolve(repository, location, head, contract)
-    return read_head(repository, location)
-
-
-def split(
-    source: str | Path,
-    target: str | Path,
-    *,
-    by: str,
-    fraction: float = 0.9,
-    progress: Progress = _quiet,
-) -> dict[str, list[str]]:
-    """Copies a store's episodes into several under `target`, one folder each.
-
-    Args:
-        by: `task`, `outcome`, `operator`, `policy_version`, or `fraction` (folders `a` with about
-            `fraction` of the episodes and `b` with the rest, decided by each uuid's hash, so that
-            an episode always lands on the same side).
-
-    Returns:
-        Folder name -> uuids copied now.
-    """
-    fields = ("task", "outcome", "operator", "policy_version")
-    if by != "fraction" and by not in fields:
-        raise StoreError(f"by is {by!r}; expected fraction or one of {', '.join(fields)}")
-    if not 0 < fraction < 1:
-        raise StoreError(f"fraction is {fraction}; expected between 0 and 1")
-    store = Store(source)
-
-    def name(e: Episode) -> str:
-        if by == "fraction":
-            digest = hashlib.sha256(e.uuid.encode()).digest()
-            return "a" if int.from_bytes(digest[:8], "big") / 2**64 < fraction else "b"
-        return str(getattr(e, by) or "none").replace("/", "_")
-
-    names = sorted({name(e) for e in store.episodes})
-    base = normalise(target)
-    return {
-        n: merge(
-            [store],
-            f"{base}/{n}",
-            keep=lambda e, n=n: name(e) == n,
-            writer="split",
-            progress=progress,
-        )
-        for n in names
-    }
 
 
 # Freeing space

@@ -74,6 +74,8 @@ class Store:
         """
         self.location = normalise(path)
         self._repository = open_repository(self.location)
+        self._parsed: dict[int, tuple[bytes | None, list[Episode]]] = {}
+        """Chunk of the episode table -> its bytes, and what they say."""
         self._load(snapshot_id or self._newest())
 
     def _newest(self) -> str:
@@ -128,12 +130,17 @@ class Store:
     def table(self) -> list[Episode]:
         """Every episode, in order of recording: also running, deleted and damaged ones."""
         if self._table is None:
-            texts: list[str] = []
+            table: list[Episode] = []
             count = self.info.n_episodes
             for chunk in range(-(-count // EPISODE_ROWS)):
                 data = self.snapshot.get_chunk("episodes", chunk, f"episodes/c/{chunk}")
-                texts += unpack_strings(data, f"{self.location}: episodes, chunk {chunk}")
-            self._table = [Episode.from_json(t) for t in texts[:count]]
+                known = self._parsed.get(chunk)
+                if known is None or known[0] != data:  # most chunks never change again
+                    texts = unpack_strings(data, f"{self.location}: episodes, chunk {chunk}")
+                    rows = texts[: count - chunk * EPISODE_ROWS]
+                    known = self._parsed[chunk] = (data, [Episode.from_json(t) for t in rows])
+                table += known[1]
+            self._table = table[:count]
         return self._table
 
     @property

@@ -115,11 +115,16 @@ def _config() -> icechunk.RepositoryConfig:
     return config
 
 
+def _exists(location: str) -> bool:
+    # Without these settings icechunk tries for a minute before it says that nobody answers.
+    return icechunk.Repository.exists(storage(location), storage_settings=_config().storage)
+
+
 def create_repository(location: str, first: Callable[[icechunk.Repository], None]) -> None:
     """A new repository with a first commit; on a local disk it appears whole or not at all."""
     with translated(location):
         if is_url(location):
-            if not icechunk.Repository.exists(storage(location)):
+            if not _exists(location):
                 icechunk.Repository.create(storage(location), config=_config()).save_config()
             first(icechunk.Repository.open(storage(location), config=_config()))
             return
@@ -144,7 +149,7 @@ def repository_exists(location: str) -> bool:
     if not is_url(location):
         return (Path(location) / "repo").is_file()
     with translated(location):
-        return icechunk.Repository.exists(storage(location))
+        return _exists(location)
 
 
 def open_repository(location: str) -> icechunk.Repository:
@@ -161,7 +166,7 @@ def open_repository(location: str) -> icechunk.Repository:
             "`vla-post store ls FOLDER` lists the stores under a folder."
         )
     with translated(location):
-        if is_url(location) and not icechunk.Repository.exists(storage(location)):
+        if is_url(location) and not _exists(location):
             raise NotAStore(f"{location}: no trajectory store under this prefix")
         try:
             return icechunk.Repository.open(storage(location), config=_config())
@@ -322,6 +327,20 @@ def find_stores(prefix: str) -> Iterator[str]:
         names.sort()
 
 
+def s3_options() -> dict[str, Any]:
+    """For obstore's S3Store: endpoint from AWS_* variables as in `storage`, and patience."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    client: dict[str, Any] = {"connect_timeout": "3s", "timeout": "60s"}
+    if not endpoint:
+        return {"client_options": client}
+    client["allow_http"] = endpoint.startswith("http://")
+    return {
+        "client_options": client,
+        "endpoint": endpoint,
+        "virtual_hosted_style_request": False,
+    }
+
+
 def _find_on_s3(prefix: str) -> Iterator[str]:
     if repository_exists(prefix):
         yield prefix
@@ -334,12 +353,9 @@ def _find_on_s3(prefix: str) -> Iterator[str]:
             "install `vla-post[s3]`, or name each store"
         ) from None
     bucket, _, path = prefix.removeprefix("s3://").partition("/")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"endpoint": endpoint, "virtual_hosted_style_request": False}
-    client: Any = {"allow_http": bool(endpoint and endpoint.startswith("http://"))}
     try:
         make: Any = S3Store
-        s3 = make(bucket, client_options=client, **(options if endpoint else {}))
+        s3 = make(bucket, **s3_options())
         pending = [path]
         while pending:
             here = pending.pop(0)

@@ -1,5 +1,6 @@
 """`Segment`: consecutive ticks of one episode on their way into a store."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -19,7 +20,7 @@ class Segment:
     data: dict[str, Any]
     """Column -> (n, ...). References to frames hold an index into `frames`, counted from the
     episode's first frame, in [:, 0]. Lists of rows until `pack` makes arrays of them."""
-    frames: dict[str, list[Any]]
+    frames: Mapping[str, Sequence[Any]]
     """New in this segment; encoded bytes after `pack`."""
     first_frame: dict[str, int]
     """Number of the segment's first frame within the episode."""
@@ -44,8 +45,9 @@ class Segment:
                 column = known[name]
                 rows = np.asarray(values, column.numpy)
                 self.data[name] = rows.reshape(len(values), *column.shape)
-        for key, frames in self.frames.items():
-            feature = images[key].feature
-            self.frames[key] = [
-                f if isinstance(f, bytes) else encode_frame(feature, f) for f in frames
+        self.frames = {
+            key: [
+                f if isinstance(f, bytes) else encode_frame(images[key].feature, f) for f in frames
             ]
+            for key, frames in self.frames.items()
+        }

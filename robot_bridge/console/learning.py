@@ -15,7 +15,7 @@ from typing import Any
 
 from trajectory_store import Episode, Outcome, Source
 from vla_post.evaluation.paired import wilson_interval
-from vla_post.export.registry import Registry, RegistryError, Version
+from vla_post.export.registry import RegistryError, Version, open_registry
 
 MAX_POINTS = 400
 """Of one curve; longer ones are thinned by halves."""
@@ -150,12 +150,12 @@ class Learning:
 
     Args:
         metrics: a learner's `metrics.jsonl`; None or missing shows no curves.
-        registry: folder of versions; None shows none.
+        registry: folder or s3:// prefix of versions; None shows none.
     """
 
-    def __init__(self, metrics: Path | None, registry: Path | None) -> None:
+    def __init__(self, metrics: Path | None, registry: str | Path | None) -> None:
         self.curves = Curves(metrics)
-        self.registry = None if registry is None else Registry(registry)
+        self.registry = None if registry is None else open_registry(registry)
 
     def progress(self, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Curves, and what the episodes say by version."""

@@ -49,7 +49,7 @@ class ConsoleConfig:
     cells: tuple[CellAddress, ...]
     store: Path | str | None = None
     """A store, or a folder or `s3://` prefix of stores, whose episodes are shown."""
-    registry: Path | None = None
+    registry: str | Path | None = None
     metrics: Path | None = None
     """A learner's `metrics.jsonl`."""
     host: str = "127.0.0.1"

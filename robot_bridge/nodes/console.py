@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = ConsoleConfig(
             cells=(CellAddress(contract=contract, namespace=namespace, remappings=remappings),),
             store=path("store"),
-            registry=path("registry"),
+            registry=str(values["registry"]) if values.get("registry") else None,
             metrics=path("metrics"),
             host=str(values.get("host") or "127.0.0.1"),
             port=int(values.get("port", PORT)),

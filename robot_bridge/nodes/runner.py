@@ -112,6 +112,7 @@ class RunnerNode(CellNode):
             registry=text("registry"),
             policy=text("policy"),
             backend=self._backend,
+            cell=self.get_namespace().strip("/"),
         )
         self.exit_status = 0
 
@@ -447,14 +448,16 @@ class RunnerNode(CellNode):
         assert self._versions.registry is not None
         number: int | None = None
         try:
-            active = self._versions.registry.active()
+            wanted = self._versions.wanted()
             candidate = self._candidate
             known = {self._loaded.version, self._refused}
             if candidate is not None:
                 known.add(candidate.version)
-            if active is None or active.number in known:
+            if wanted == self._loaded.version:
+                self._candidate = None  # taken back before this cell came to adopt it
+            if wanted is None or wanted in known:
                 return
-            number = active.number
+            number = wanted
             loaded = self._versions.version(number)
             jump = self._max_jump or None
             require_fit(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from robot_bridge.nodes.common import UserError
 from trajectory_store.contract import Contract
 from vla_post.export.card import policy_contract
-from vla_post.export.registry import Registry
+from vla_post.export.registry import open_registry
 
 if TYPE_CHECKING:
     from vla_post.export import ChunkPolicy
@@ -33,6 +33,7 @@ class Versions:
 
     Args:
         load: reads one folder; raises what `vla_post.export.load_policy` raises.
+        cell: this cell's name, by which a canary chooses cells.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Versions:
         registry: str = "",
         policy: str = "",
         backend: str = "torch",
+        cell: str = "",
     ) -> None:
         if bool(registry) == bool(policy):
             raise UserError(
@@ -53,7 +55,8 @@ class Versions:
                 "runner: backend remote asks a server; pass `-p policy:=ws://HOST:PORT`"
             )
         self.contract = contract
-        self.registry = Registry(registry) if registry else None
+        self.cell = cell or contract.cell
+        self.registry = open_registry(registry) if registry else None
         self._load, self._policy, self._backend = load, policy, backend
 
     def first(self) -> Loaded:
@@ -62,10 +65,16 @@ class Versions:
             return self._checked(self._load(self._policy), FIXED, {"path": self._policy})
         if self.registry is None:
             return self.folder(Path(self._policy))
-        active = self.registry.active()
-        if active is None:
-            raise UserError(f"runner: {self.registry.root} has no active version yet")
-        return self.version(active.number)
+        number = self.wanted()
+        if number is None:
+            raise UserError(f"runner: {self.registry.location} has no active version yet")
+        return self.version(number)
+
+    def wanted(self) -> int | None:
+        """The version that this cell should run: the active one, or the canary."""
+        assert self.registry is not None
+        version = self.registry.wanted(self.cell)
+        return None if version is None else version.number
 
     def folder(self, path: Path) -> Loaded:
         if not path.is_dir():

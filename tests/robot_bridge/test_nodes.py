@@ -319,6 +319,23 @@ def test_versions_are_adopted_between_episodes_and_poisoned_ones_never(tmp_path)
         drive()
         assert cell.executed[-1][1].startswith("policy:2#")
 
+        # A canary that is withdrawn before this cell came to adopt it is never run.
+        registry.rollback(to=2)
+        canary = publish(0.6)  # pinned: not for all
+        registry.start_canary(canary, cells=[cell.contract.cell])
+        cell.call("runner/reload_policy")
+        cell.ticks(50)
+        registry.end_canary()
+        cell.call("runner/reload_policy")
+        cell.ticks(50)
+        cell.end_episode()
+        drive()
+        assert cell.executed[-1][1].startswith("policy:2#")
+        registry.start_canary(canary, cells=["another", cell.contract.cell])
+        cell.call("runner/reload_policy")
+        cell.end_episode()
+        cell.until(lambda: cell.active.get("version") == canary, "the canary")
+
 
 def test_the_whole_loop_with_the_simulated_robot_and_its_operator(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

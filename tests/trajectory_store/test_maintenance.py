@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import trajectory_store as ts
-from trajectory_store import Filter, FleetView, Source, Store, maintenance, stats, verification
+from trajectory_store import (
+    Filter,
+    FleetView,
+    Source,
+    Store,
+    copying,
+    maintenance,
+    stats,
+    verification,
+)
 
 WRIST = "observation.images.wrist"
 
@@ -178,9 +187,9 @@ def test_merge_is_complete_and_repeatable(filled, open_writer, cameras, record, 
     running = other.begin_episode("pick")
     other.flush()
     target = tmp_path / "merged"
-    copied = maintenance.merge([filled, tmp_path / "other"], target)
+    copied = copying.merge([filled, tmp_path / "other"], target)
     assert len(copied) == 4
-    assert maintenance.merge([filled, tmp_path / "other"], target) == []
+    assert copying.merge([filled, tmp_path / "other"], target) == []
     merged = Store(target)
     assert contents(merged, leave_out=frozenset({extra})) == contents(Store(filled))
     e = merged.episode(extra)
@@ -188,7 +197,7 @@ def test_merge_is_complete_and_repeatable(filled, open_writer, cameras, record, 
     assert running not in {e.uuid for e in merged.table}
     assert verification.verify(target).ok
     with pytest.raises(ts.StoreError, match="into itself"):
-        maintenance.merge([filled], filled)
+        copying.merge([filled], filled)
     other.end_episode("aborted")
 
 
@@ -196,7 +205,7 @@ def test_merge_remaps_features(filled, contract, open_writer, tick, tmp_path):
     """Bits of `late` follow the target's order of features."""
     small = open_writer(contract, tmp_path / "target")
     small.close()
-    first = maintenance.merge([filled], tmp_path / "target")
+    first = copying.merge([filled], tmp_path / "target")
     assert len(first) == 3
     target = Store(tmp_path / "target")
     assert target.info.features[0] == "observation.state"
@@ -204,14 +213,14 @@ def test_merge_remaps_features(filled, contract, open_writer, tick, tmp_path):
 
 
 def test_split(filled, tmp_path):
-    parts = maintenance.split(filled, tmp_path / "parts", by="task")
+    parts = copying.split(filled, tmp_path / "parts", by="task")
     assert {k: len(v) for k, v in parts.items()} == {"pick": 2, "place": 1}
     whole = contents(Store(filled))
     assert contents(Store(tmp_path / "parts" / "place")) == {u: whole[u] for u in parts["place"]}
-    halves = maintenance.split(filled, tmp_path / "halves", by="fraction", fraction=0.5)
+    halves = copying.split(filled, tmp_path / "halves", by="fraction", fraction=0.5)
     assert sorted(u for v in halves.values() for u in v) == sorted(whole)
     with pytest.raises(ts.StoreError, match="by is"):
-        maintenance.split(filled, tmp_path / "x", by="colour")
+        copying.split(filled, tmp_path / "x", by="colour")
 
 
 def test_statistics_are_those_of_numpy(filled, monkeypatch):

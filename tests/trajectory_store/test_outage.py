@@ -1,13 +1,8 @@
 """The store is away (disk full, read-only, cut off): nothing is lost, nothing comes twice."""
 
-import contextlib
 import os
 import shutil
-import socket
-import socketserver
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +11,7 @@ import numpy as np
 import pytest
 
 import trajectory_store as ts
-from trajectory_store import Store, StoreWriter, maintenance
+from trajectory_store import Store, StoreWriter, copying
 from trajectory_store.spool import default_folder
 
 
@@ -129,107 +124,7 @@ def test_the_spool_is_bounded(small_disk, contract, record):
     writer.close()
 
 
-# S3: a real moto server behind a proxy that can be cut
-
-
-class Proxy(socketserver.ThreadingTCPServer):
-    """Forwards to `port`; `mode` is `open`, `cut` (refuses) or `swallow` (loses the answers)."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-
-    def __init__(self, port: int) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.target = port
-        self.mode = "open"
-        self.swallowed = 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class _Handler(socketserver.BaseRequestHandler):
-    server: Proxy
-
-    def handle(self) -> None:
-        if self.server.mode == "cut":
-            return
-        with socket.create_connection(("127.0.0.1", self.server.target)) as upstream:
-            back = threading.Thread(target=self._back, args=(upstream,), daemon=True)
-            back.start()
-            try:
-                while self.server.mode != "cut" and (data := self.request.recv(65536)):
-                    upstream.sendall(data)
-            except OSError:
-                pass
-            self._shut(upstream)
-            back.join(timeout=5)
-
-    def _back(self, upstream: socket.socket) -> None:
-        try:
-            while data := upstream.recv(65536):
-                if self.server.mode == "swallow":
-                    self.server.swallowed += 1
-                    break
-                if self.server.mode == "cut":
-                    break
-                self.request.sendall(data)
-        except OSError:
-            pass
-        self._shut(self.request)
-
-    @staticmethod
-    def _shut(side: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            side.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[int]:
-    pytest.importorskip("moto", reason="the dev extra is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = "import sys; from moto.server import main; main(sys.argv[1:])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-    def answers() -> bool:
-        assert process.poll() is None, "the S3 server stopped"
-        with socket.socket() as s:
-            return s.connect_ex(("127.0.0.1", port)) == 0
-
-    wait(answers, "the S3 server did not start")
-    yield port
-    process.terminate()
-    process.wait(timeout=20)
-
-
-@pytest.fixture
-def s3(s3_server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    import boto3
-
-    proxy = Proxy(s3_server)
-    endpoint = f"http://127.0.0.1:{proxy.server_address[1]}"
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_server}")
-    client.create_bucket(Bucket="fleet")
-    yield proxy
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="fleet"):
-        for entry in page.get("Contents", ()):
-            client.delete_object(Bucket="fleet", Key=entry["Key"])
-    client.delete_bucket(Bucket="fleet")
-    client.close()
-    proxy.shutdown()
-    proxy.server_close()
+# S3: a real server behind a proxy that can be cut (`s3` in tests/conftest.py)
 
 
 def test_a_store_on_s3(s3, cameras, record, jpegs, depths, tick):
@@ -284,13 +179,13 @@ def test_delivery_to_the_fleet_is_exactly_once(
         s3.mode = "swallow" if done >= 3 else "open"
 
     with pytest.raises(ts.StoreUnavailable):
-        maintenance.merge([local], remote, progress=lose_answers)
+        copying.merge([local], remote, progress=lose_answers)
     s3.mode = "open"
     copied: list[str] = []
 
     def delivered() -> bool:
         try:  # the dead delivery holds the store until its lease runs out
-            copied.extend(maintenance.merge([local], remote))
+            copied.extend(copying.merge([local], remote))
         except ts.StoreBusy:
             return False
         return True
@@ -298,5 +193,5 @@ def test_delivery_to_the_fleet_is_exactly_once(
     wait(delivered, "the lease never ran out")
     assert copied == uuids[-len(copied) :]
     assert 2 <= len(copied) <= 3
-    assert maintenance.merge([local], remote) == []
+    assert copying.merge([local], remote) == []
     check_once(Store(remote), uuids, list(range(6)), tick)

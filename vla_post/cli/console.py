@@ -29,7 +29,7 @@ class Console:
     """A folder of `vla-post demo`: its contract, stores, registry and metrics."""
     store: str | None = None
     """A store, or a folder or s3:// prefix of stores, whose episodes are shown."""
-    registry: Path | None = None
+    registry: str | None = None
     """Policy versions to show, activate and roll back."""
     metrics: Path | None = None
     """A learner's metrics.jsonl."""

@@ -12,7 +12,7 @@ import numpy as np
 from trajectory_store.contract import Contract
 from vla_post.cli.errors import UserError
 from vla_post.export.card import policy_contract
-from vla_post.export.registry import Registry, parse_version
+from vla_post.export.registry import open_registry, parse_version
 
 if TYPE_CHECKING:
     pass
@@ -26,7 +26,7 @@ class Evaluate:
     and the active one) or as folders of checkpoints or exports (--checkpoints A B).
     """
 
-    registry: Path | None = None
+    registry: str | None = None
     first: str | None = None
     last: str | None = None
     checkpoints: tuple[Path, ...] = ()
@@ -73,7 +73,7 @@ class Evaluate:
                 for name, folder in zip("ab", self.checkpoints, strict=False)
             }
         assert self.registry is not None
-        registry = Registry(self.registry)
+        registry = open_registry(self.registry)
         active = registry.active()
         if active is None:
             raise UserError(f"{self.registry}: no active version to evaluate")

@@ -30,7 +30,7 @@ class Fleet:
     """0: one for each cell."""
     episodes: int = 5
     """Of each cell."""
-    registry: Path | None = None
+    registry: str | None = None
     policy: Path | None = None
     backend: Literal["torch", "onnx"] = "torch"
     seed: int = 0
@@ -40,6 +40,10 @@ class Fleet:
     """Speed of cells that are not in lockstep."""
     first_domain: int | None = None
     """Give cell i the ROS domain FIRST_DOMAIN + i, rather than one domain to all."""
+    uplink: str = ""
+    """Deliver every cell's closed episodes to this prefix: a folder or s3://bucket/prefix."""
+    bag: bool = False
+    """Record every topic of each cell as MCAP files, too (FOLDER/bags)."""
     folder: Path = Path("runs/fleet")
     """Gets stores, events, logs and fleet.json."""
 
@@ -58,6 +62,8 @@ class Fleet:
                 policy=self.policy,
                 backend=self.backend,
                 store=self.folder / "stores",
+                uplink=self.uplink,
+                bag=self.folder / "bags" if self.bag else None,
                 events_log=events,
                 real_time_factor=self.real_time_factor,
                 operator={

@@ -18,6 +18,7 @@ from trajectory_store import (
     FleetView,
     Outcome,
     Store,
+    copying,
     load_contract,
     maintenance,
     stats,
@@ -307,7 +308,7 @@ class Merge:
         if not stores:
             raise UserError(f"no store at or below {', '.join(self.sources) or 'nothing'}")
         with _Bar() as bar:
-            copied = maintenance.merge(stores, self.target, progress=bar)
+            copied = copying.merge(stores, self.target, progress=bar)
         print(f"copied {len(copied)} episodes into {self.target}")
 
 
@@ -323,7 +324,7 @@ class Split:
 
     def run(self) -> None:
         with _Bar() as bar:
-            parts = maintenance.split(
+            parts = copying.split(
                 self.store, self.target, by=self.by, fraction=self.fraction, progress=bar
             )
         for name, uuids in parts.items():

@@ -13,7 +13,7 @@ from vla_post.cli.console import ConsoleLink
 from vla_post.cli.contract import path_of
 from vla_post.cli.errors import UserError
 from vla_post.cli.signals import ends_in_order
-from vla_post.export.registry import Registry
+from vla_post.export.registry import open_registry
 from vla_post.policies.checkpoint import read_card
 
 
@@ -33,12 +33,19 @@ class Up:
     """Real robots: where the joint states come from, e.g. /joint_states."""
     namespace: str = ""
     """Of the cell's topics; empty: the contract's name."""
-    registry: Path | None = None
-    """Run the active version of this registry, and follow it between episodes."""
+    registry: str | None = None
+    """Run the active version of this registry (folder or s3://), and follow it between episodes."""
     policy: Path | None = None
     """Run this checkpoint (or export folder, with --backend onnx), whatever is published."""
     store: Path | None = None
     """Record into this trajectory store; nothing is recorded without it."""
+    uplink: str = ""
+    """Deliver closed episodes of --store to this prefix of the fleet: a folder or s3://bucket/prefix
+    (see docs/fleet.md)."""
+    uplink_name: str = ""
+    """Of this cell there; by default the store's folder name."""
+    uplink_mbit_s: float = 0.0
+    """Limit of what is sent, in megabits a second; 0: none."""
     backend: Literal["torch", "onnx"] = "torch"
     server: str = ""
     """Ask this policy server (`vla-post serve`): ws://HOST:PORT, or wss:// with TLS."""
@@ -77,10 +84,9 @@ class Up:
         simulated = bool(contract.sim)
         if self.operator == "scripted" and not simulated:
             raise UserError("the scripted operator drives simulated cells only")
-        for name in ("registry", "policy"):
-            folder: Path | None = getattr(self, name)
-            if folder is not None and not folder.is_dir():
-                raise UserError(f"--{name} {folder}: no such folder")
+        for name, place in (("registry", self.registry), ("policy", self.policy)):
+            if place is not None and "://" not in str(place) and not Path(place).is_dir():
+                raise UserError(f"--{name} {place}: no such folder")
         self._require_policy(contract)
         if sum(bool(source) for source in (self.registry, self.policy, self.server)) > 1:
             raise UserError("name one of --registry, --policy and --server")
@@ -102,6 +108,9 @@ class Up:
                 shadow=self.shadow,
                 shadow_log=self.shadow_log,
                 store=self.store,
+                uplink=self.uplink,
+                uplink_name=self.uplink_name,
+                uplink_mbit_s=self.uplink_mbit_s,
                 simulated=simulated,
                 real_time_factor=self.real_time_factor,
                 operator=operator if self.operator == "scripted" else None,
@@ -130,7 +139,7 @@ class Up:
     def _require_policy(self, contract: Contract) -> None:
         """Before anything starts: the runner would refuse it again and again, in its log."""
         if self.registry is not None:
-            registry = Registry(self.registry)
+            registry = open_registry(self.registry)
             active = registry.active()
             if active is None:
                 raise UserError(

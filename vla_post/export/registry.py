@@ -3,86 +3,78 @@
 ```text
 registry/
   v000012/            a checkpoint folder (lerobot policy + vla_post.json) and its manifest.json
-  active.json         which version robots run; replaced atomically
-  gate.json           by how much a version must beat the active one before it is adopted, if at all
-  history.jsonl       every publish, hold, promote and rollback, with reason
+  active.json         which version robots run, which some of them try, and what the gate asks of
+                      new ones; replaced atomically
+  history.jsonl       every publish, hold, promote, canary and rollback, with reason
 ```
 
 A version is written under a temporary name, flushed to disk and renamed, so it is there whole or
 not at all. Nothing in a version changes afterwards. Needs neither torch nor ROS: robots read it.
+`open_registry` opens a folder or, through `bucket.py`, an S3 prefix.
 """
 
-import hashlib
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import deserialize
-
 from trajectory_store.contract import Contract, parse_contract
+from trajectory_store.repository import is_url, normalise
+from vla_post.export.version import (
+    MANIFEST,
+    Canary,
+    GateRefused,
+    RegistryError,
+    RegistryUnavailable,
+    Version,
+    VersionDamaged,
+    manifest_bytes,
+    parse_manifest,
+    parse_version,
+    require_finite,
+    sha256,
+    version_name,
+)
 from vla_post.policies.checkpoint import CARD, read_card
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "SCORES",
+    "Canary",
+    "GateRefused",
+    "Registry",
+    "RegistryError",
+    "RegistryUnavailable",
+    "Version",
+    "VersionDamaged",
+    "open_registry",
+    "parse_version",
+    "version_name",
+]
+
 SCORES = ("gate/candidate", "gate/running", "gate/against")
 """Metrics of a version that the gate reads: two values, and the number of the version that ran."""
 _NAME = re.compile(r"^v(\d{6})$")
 
-
-class RegistryError(ValueError):
-    """The registry cannot do what was asked; the message says what was found and what to do."""
-
-
-class GateRefused(RegistryError):
-    """The registry's gate holds the version: it was not shown to be better than the running one."""
+State = dict[str, Any]
+"""What `active.json` holds: version, pinned, canary, rejected, gate, ... Without a version before
+the first promotion."""
 
 
-class VersionDamaged(RegistryError):
-    """A version fails its checks: a file changed or is missing, or its weights are not finite."""
+def open_registry(root: str | Path) -> "Registry":
+    """A folder's registry, or that of an s3://bucket/prefix (needs the extra `s3`)."""
+    if is_url(str(root)):
+        from vla_post.export.bucket import BucketRegistry
 
-
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """What the manifest of one version says."""
-
-    number: int
-    parent: int | None
-    """The version whose weights the learner started from; None for the first."""
-    created_ns: int
-    learner_step: int
-    contract_sha256: str
-    snapshots: dict[str, str] = field(default_factory=dict[str, str])
-    """Store name -> snapshot id that the learner had read."""
-    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
-    files: dict[str, str] = field(default_factory=dict[str, str])
-    """Relative path -> SHA-256 of its bytes."""
-
-    @property
-    def name(self) -> str:
-        return version_name(self.number)
-
-
-def version_name(number: int) -> str:
-    return f"v{number:06d}"
-
-
-def parse_version(text: str | int) -> int:
-    """`12`, `v12` and `v000012` are all version 12.
-
-    Raises:
-        RegistryError: something else.
-    """
-    digits = str(text).removeprefix("v")
-    if not digits.isdecimal():
-        raise RegistryError(f"{text!r} is no version; write it as 12 or v000012")
-    return int(digits)
+        return BucketRegistry(normalise(root))
+    return Registry(root)
 
 
 class Registry:
@@ -91,29 +83,39 @@ class Registry:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
+    @property
+    def location(self) -> str:
+        """For messages and for another process."""
+        return str(self.root)
+
     def path(self, number: int) -> Path:
+        """Folder of the version's files on this machine."""
         return self.root / version_name(number)
 
     def versions(self) -> list[Version]:
         """All versions, oldest first; empty for a folder that does not exist yet."""
+        return [self.version(number) for number in self.numbers()]
+
+    def numbers(self) -> list[int]:
+        """Of all versions, oldest first."""
         if not self.root.is_dir():
             return []
-        numbers = sorted(int(m[1]) for p in self.root.iterdir() if (m := _NAME.match(p.name)))
-        return [self.version(number) for number in numbers]
+        return sorted(int(m[1]) for p in self.root.iterdir() if (m := _NAME.match(p.name)))
 
     def version(self, number: int) -> Version:
         """Raises RegistryError when there is no such version, naming those that exist."""
         path = self.path(number) / MANIFEST
         try:
-            return Version(**json.loads(path.read_text(encoding="utf-8")))
+            return parse_manifest(path.read_bytes(), str(path))
         except FileNotFoundError:
-            known = sorted(p.name for p in self.root.glob("v??????")) if self.root.is_dir() else []
-            there = ", ".join(known) if known else "no version at all"
-            raise RegistryError(
-                f"{self.root}: no version {version_name(number)}; there is {there}"
-            ) from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise VersionDamaged(f"{path}: not a manifest ({error}); roll back") from error
+            raise self._missing(number) from None
+
+    def _missing(self, number: int) -> RegistryError:
+        known = [version_name(n) for n in self.numbers()]
+        there = ", ".join(known) if known else "no version at all"
+        return RegistryError(
+            f"{self.location}: no version {version_name(number)}; there is {there}"
+        )
 
     def contract(self, number: int) -> Contract:
         """The contract that the version was trained for."""
@@ -124,14 +126,22 @@ class Registry:
 
     def active(self) -> Version | None:
         """The version that robots should run; None before the first promotion."""
-        pointer = self._pointer()
-        return self.version(pointer["version"]) if pointer else None
+        state = self._state()
+        return self.version(state["version"]) if "version" in state else None
+
+    def wanted(self, cell: str) -> Version | None:
+        """What this cell should run: the canary if it is one of those that try it."""
+        state = self._state()
+        if "version" not in state:
+            return None
+        canary = _canary(state)
+        chosen = canary is not None and canary.takes(cell)
+        return self.version(canary.version if canary and chosen else state["version"])
 
     @property
     def pinned(self) -> bool:
         """A person chose the active version: publishing does not move the pointer."""
-        pointer = self._pointer()
-        return bool(pointer and pointer["pinned"])
+        return bool(self._state().get("pinned"))
 
     def promote(
         self, number: int, *, reason: str = "", pin: bool = False, force: bool = False
@@ -155,6 +165,88 @@ class Registry:
         self._point(version, "promote", reason, pin)
         return version
 
+    # Gate ----------------------------------------------------------------------------------------
+
+    @property
+    def gate(self) -> float | None:
+        """The margin that a version must show before it is adopted; None without a gate."""
+        return self._state().get("gate")
+
+    def set_gate(self, margin: float | None) -> None:
+        """Requires from now on that a version's estimated value beats the active one's by `margin`
+        of it, 0 meaning strictly better; None requires nothing."""
+        if margin is not None and not 0.0 <= margin < float("inf"):
+            raise RegistryError(f"margin is {margin}; expected a share such as 0.05, or 0")
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._change(lambda state: state | {"gate": margin}, [])
+
+    def held(self, version: Version) -> str | None:
+        """Why the gate does not let a version be adopted; None if it may be.
+
+        Both values stand in the version's metrics as `SCORES` names them: those of the candidate
+        and of the version that ran, by one critic on the same observations.
+        """
+        return _held(self._state(), version)
+
+    # Canary --------------------------------------------------------------------------------------
+
+    @property
+    def canary(self) -> Canary | None:
+        return _canary(self._state())
+
+    @property
+    def rejected(self) -> list[int]:
+        """Versions that were rolled back or that failed as a canary; oldest first."""
+        return list(self._state().get("rejected", ()))
+
+    def start_canary(
+        self, number: int, *, share: float = 0.0, cells: Sequence[str] = (), reason: str = ""
+    ) -> Canary:
+        """Lets some cells run a version, after `verify`; the others stay with the active one.
+
+        Publishing does not move the active version meanwhile.
+
+        Args:
+            share: of all cells, chosen by their names; `cells` are taken in any case.
+        """
+        if not 0.0 <= share <= 1.0 or not (share or cells):
+            raise RegistryError(
+                f"share is {share} and cells {list(cells)}; a canary needs a share of the cells "
+                "above 0 and up to 1, or names"
+            )
+        version = self.verify(number)
+        canary = Canary(
+            version=version.number, share=share, cells=tuple(cells), since_ns=time.time_ns()
+        )
+
+        def begin(state: State) -> State:
+            if state.get("version") in (None, number):
+                raise RegistryError(
+                    f"{self.location}: {version.name} cannot be a canary beside "
+                    + ("itself" if "version" in state else "nothing; promote a version first")
+                )
+            return state | {"canary": asdict(canary)}
+
+        self._change(begin, [_entry("canary", number, reason)])
+        return canary
+
+    def end_canary(self, *, reason: str = "", reject: bool = True) -> Canary:
+        """All cells run the active version again. To keep the canary, `promote` it instead."""
+        ended: list[Canary] = []
+
+        def end(state: State) -> State:
+            canary = _canary(state)
+            if canary is None:
+                raise RegistryError(f"{self.location}: no canary is out")
+            ended[:] = [canary]
+            entries[:] = [_entry("withdraw", canary.version, reason)]
+            state = state | {"canary": None}
+            return _reject(state, canary.version) if reject else state
+
+        entries: list[dict[str, Any]] = []
+        self._change(end, entries)
+        return ended[0]
+
     def rollback(self, *, to: int | None = None, reason: str = "") -> Version:
         """Back to `to`, else to the version that was active before; stays pinned there.
 
@@ -165,52 +257,23 @@ class Registry:
         self._point(version, "rollback", reason, True)
         return version
 
-    @property
-    def gate(self) -> float | None:
-        """The margin that a version must show before it is adopted; None without a gate."""
-        try:
-            text = (self.root / "gate.json").read_text(encoding="utf-8")
-            return float(json.loads(text)["margin"])
-        except FileNotFoundError:
-            return None
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise RegistryError(
-                f"{self.root / 'gate.json'}: not a gate ({error}); set it again"
-            ) from error
+    def prune(self, keep: int) -> list[int]:
+        """Deletes all but the newest `keep` versions; returns which went.
 
-    def set_gate(self, margin: float | None) -> None:
-        """Requires from now on that a version's estimated value beats the active one's by `margin`
-        of it, 0 meaning strictly better; None requires nothing."""
-        path = self.root / "gate.json"
-        if margin is None:
-            path.unlink(missing_ok=True)
-            return
-        if not 0.0 <= margin < float("inf"):
-            raise RegistryError(f"margin is {margin}; expected a share such as 0.05, or 0")
-        self.root.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text(json.dumps({"margin": margin}) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-
-    def held(self, version: Version) -> str | None:
-        """Why the gate does not let a version be adopted; None if it may be.
-
-        Both values stand in the version's metrics as `SCORES` names them: those of the candidate
-        and of the version that ran, by one critic on the same observations.
+        The active version, the canary and the one to which a rollback leads stay in any case.
         """
-        margin, active = self.gate, self.active()
-        if margin is None or active is None or active.number == version.number:
-            return None
-        needed = f"the gate asks for a value {margin:.0%} above that of {active.name}"
-        if any(name not in version.metrics for name in SCORES):
-            return f"{needed}, and nobody compared them"
-        candidate, running, against = (version.metrics[name] for name in SCORES)
-        if against != active.number:
-            return f"{needed}, and it was compared with {version_name(int(against))}"
-        # Written so that NaN does not pass.
-        if candidate > running and candidate - running >= margin * abs(running):
-            return None
-        return f"{needed}: {candidate:.4g} against {running:.4g}"
+        if keep < 1:
+            raise RegistryError(f"keep is {keep}; expected at least 1")
+        state = self._state()
+        stay = {state.get("version"), *self.numbers()[-keep:]}
+        if (canary := _canary(state)) is not None:
+            stay.add(canary.version)
+        with contextlib.suppress(RegistryError):
+            stay.add(self.previous())
+        gone = [number for number in self.numbers() if number not in stay]
+        if gone:
+            self._drop(gone)
+        return gone
 
     def previous(self) -> int:
         """The version to which a plain rollback leads.
@@ -218,18 +281,23 @@ class Registry:
         Raises:
             RegistryError: nothing is active, or nothing was before.
         """
-        current = self._pointer()
-        if current is None:
-            raise RegistryError(f"{self.root}: nothing is active, so there is nothing to roll back")
+        current = self._state()
+        if "version" not in current:
+            raise RegistryError(
+                f"{self.location}: nothing is active, so there is nothing to roll back"
+            )
+        there, refused = set(self.numbers()), set(current.get("rejected", ()))
         earlier = [
             int(entry["version"])
             for entry in self.history()
-            if entry["action"] in ("promote", "rollback") and entry["version"] < current["version"]
+            if entry["action"] in ("promote", "rollback")
+            and entry["version"] < current["version"]
+            and entry["version"] in there - refused
         ]
         if not earlier:
             raise RegistryError(
-                f"{self.root}: {version_name(current['version'])} is the first version that "
-                "was ever active; name another one to go to"
+                f"{self.location}: {version_name(current['version'])} is the first version that "
+                "was ever active, of those that are left and were not rejected; name another one"
             )
         return earlier[-1]
 
@@ -258,15 +326,15 @@ class Registry:
 
         Args:
             contract: of the cell; must be the one inside the checkpoint.
-            promote: make it active at once, unless a person pinned another version or the gate
-                holds this one.
+            promote: make it active at once, unless a person pinned another version, a canary is
+                out, or the gate holds this one.
 
         Raises:
             vla_post.policies.checkpoint.CheckpointError: no checkpoint there.
             trajectory_store.contract.ContractMismatch: it was made for another cell.
             VersionDamaged: its weights are not finite; nothing is published.
         """
-        source = Path(checkpoint)
+        source = Path(checkpoint).absolute()
         made_for = parse_contract(read_card(source)["contract"], name=str(source / CARD))
         contract.require_same(made_for, here="the registry's cell", there=str(source))
         self.root.mkdir(parents=True, exist_ok=True)
@@ -274,12 +342,12 @@ class Registry:
         try:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
             files = {
-                str(p.relative_to(temporary)): _sha256(p)
+                str(p.relative_to(temporary)): sha256(p)
                 for p in sorted(temporary.rglob("*"))
                 if p.is_file() and p.name != MANIFEST
             }
-            _require_finite(temporary)
-            version = self._rename_in(
+            require_finite(temporary)
+            version = self._take_in(
                 temporary,
                 {
                     "parent": parent,
@@ -293,13 +361,20 @@ class Registry:
             )
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._record("publish", version.number, "")
-        if promote and not self.pinned:
-            held = self.held(version)
-            if held is None:
-                self._point(version, "promote", "newest", False)
-            else:
-                self._record("hold", version.number, held)
+        entries = [_entry("publish", version.number, "")]
+
+        def move(state: State) -> State:
+            """Decided on the state that is replaced, so a person's rollback is never run over."""
+            del entries[1:]
+            if not promote or state.get("pinned") or _canary(state) is not None:
+                return state
+            if (held := _held(state, version)) is not None:
+                entries.append(_entry("hold", version.number, held))
+                return state
+            entries.append(_entry("promote", version.number, "newest"))
+            return _pointed(state, version, "newest", pin=False)
+
+        self._change(move, entries)
         return version
 
     def verify(self, number: int, *, contract: Contract | None = None) -> Version:
@@ -320,7 +395,7 @@ class Registry:
                 raise VersionDamaged(f"{path / name}: missing; roll back to another version")
             if name not in version.files:
                 raise VersionDamaged(f"{path / name}: not in the manifest; remove it or roll back")
-            if _sha256(there[name]) != version.files[name]:
+            if sha256(there[name]) != version.files[name]:
                 raise VersionDamaged(
                     f"{path / name}: its SHA-256 is not the manifest's; the file changed after it "
                     "was published. Roll back to another version"
@@ -329,17 +404,16 @@ class Registry:
             contract.require_same(
                 self.contract(number), here="the running cell", there=version.name
             )
-        _require_finite(path)
+        require_finite(path)
         return version
 
     # ---------------------------------------------------------------------------------------------
 
-    def _rename_in(self, temporary: Path, manifest: dict[str, Any]) -> Version:
+    def _take_in(self, temporary: Path, manifest: dict[str, Any]) -> Version:
         """Takes the next free number; another publisher may take one at the same moment."""
         while True:
-            taken = [int(m[1]) for p in self.root.iterdir() if (m := _NAME.match(p.name))]
-            version = Version(number=max(taken, default=0) + 1, **manifest)
-            (temporary / MANIFEST).write_text(json.dumps(asdict(version), indent=2) + "\n")
+            version = Version(number=max(self.numbers(), default=0) + 1, **manifest)
+            (temporary / MANIFEST).write_bytes(manifest_bytes(version))
             for file in temporary.rglob("*"):
                 _flush(file)
             _flush(temporary)
@@ -352,45 +426,109 @@ class Registry:
             _flush(self.root)
             return version
 
-    def _pointer(self) -> dict[str, Any] | None:
+    def _drop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            gone = self.root / f".removed-{version_name(number)}"
+            shutil.rmtree(gone, ignore_errors=True)
+            self.path(number).rename(gone)  # a robot never sees half of it
+            shutil.rmtree(gone)
+
+    def _point(self, version: Version, action: str, reason: str, pin: bool) -> None:
+        def move(state: State) -> State:
+            before, back = state.get("version"), action == "rollback"
+            state = _pointed(state, version, reason, pin=pin)
+            canary = _canary(state)
+            # A rollback is for all cells; a promoted canary has become the active version.
+            if canary is not None and (back or canary.version == version.number):
+                state |= {"canary": None}
+            if back and before is not None and before != version.number:
+                state = _reject(state, before)
+            return state
+
+        self._change(move, [_entry(action, version.number, reason)])
+
+    # State: read often, changed rarely, and never by two at once ---------------------------------
+
+    def _state(self) -> State:
         path = self.root / "active.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return None
+            return {}
         except json.JSONDecodeError as error:
             raise RegistryError(
                 f"{path}: not JSON ({error}); delete it and promote a version again"
             ) from error
 
-    def _point(self, version: Version, action: str, reason: str, pin: bool) -> None:
-        text = json.dumps(
-            {
-                "version": version.number,
-                "learner_step": version.learner_step,
-                "since_ns": time.time_ns(),
-                "pinned": pin,
-                "reason": reason,
-            }
-        )
-        handle, name = tempfile.mkstemp(prefix=".active-", dir=self.root)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(self.root / "active.json")
-        _flush(self.root)
-        self._record(action, version.number, reason)
+    def _change(self, change: Callable[[State], State], entries: list[dict[str, Any]]) -> None:
+        """Replaces the state by what `change` makes of it, then writes the history's entries.
 
-    def _record(self, action: str, number: int, reason: str) -> None:
-        entry = {"action": action, "version": number, "stamp_ns": time.time_ns(), "reason": reason}
-        with (self.root / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        `change` may be called again when somebody else was quicker.
+        """
+        with self._locked():
+            old = self._state()
+            new = change(old)
+            if new != old:
+                handle, name = tempfile.mkstemp(prefix=".active-", dir=self.root)
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(new) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(name).chmod(0o644)  # robots may run as somebody else
+                Path(name).replace(self.root / "active.json")
+                _flush(self.root)
+            with (self.root / "history.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _canary(state: State) -> Canary | None:
+    found = state.get("canary")
+    return Canary(**found | {"cells": tuple(found["cells"])}) if found else None
+
+
+def _held(state: State, version: Version) -> str | None:
+    margin, active = state.get("gate"), state.get("version")
+    if margin is None or active is None or active == version.number:
+        return None
+    needed = f"the gate asks for a value {margin:.0%} above that of {version_name(active)}"
+    if any(name not in version.metrics for name in SCORES):
+        return f"{needed}, and nobody compared them"
+    candidate, running, against = (version.metrics[name] for name in SCORES)
+    if against != active:
+        return f"{needed}, and it was compared with {version_name(int(against))}"
+    # Written so that NaN does not pass.
+    if candidate > running and candidate - running >= margin * abs(running):
+        return None
+    return f"{needed}: {candidate:.4g} against {running:.4g}"
+
+
+def _pointed(state: State, version: Version, reason: str, *, pin: bool) -> State:
+    return state | {
+        "version": version.number,
+        "learner_step": version.learner_step,
+        "since_ns": time.time_ns(),
+        "pinned": pin,
+        "reason": reason,
+        "rejected": [n for n in state.get("rejected", ()) if n != version.number],
+    }
+
+
+def _reject(state: State, number: int) -> State:
+    others = [n for n in state.get("rejected", ()) if n != number]
+    return state | {"rejected": [*others, number][-100:]}
+
+
+def _entry(action: str, number: int, reason: str) -> dict[str, Any]:
+    return {"action": action, "version": number, "stamp_ns": time.time_ns(), "reason": reason}
 
 
 def _flush(path: Path) -> None:
@@ -400,29 +538,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-
-
-def _require_finite(path: Path) -> None:
-    weights = sorted(path.rglob("*.safetensors"))
-    if not weights:
-        raise VersionDamaged(f"{path}: holds no *.safetensors file, so it is no policy")
-    for file in weights:
-        try:
-            tensors = deserialize(file.read_bytes())
-        except Exception as error:  # safetensors raises its own, undocumented class
-            raise VersionDamaged(f"{file}: does not read as safetensors ({error})") from error
-        for name, tensor in tensors:
-            if not _finite(tensor["dtype"], tensor["data"]):
-                raise VersionDamaged(f"{file}: tensor {name!r} holds NaN or infinity")
-
-
-def _finite(dtype: str, data: bytes) -> bool:
-    if dtype in _FLOATS:
-        return bool(np.isfinite(np.frombuffer(data, _FLOATS[dtype])).all())
-    if dtype == "BF16":
-        # numpy has no bfloat16; an exponent of all ones is infinity or NaN.
-        return not bool(((np.frombuffer(data, np.uint16) & 0x7F80) == 0x7F80).any())
-    return True

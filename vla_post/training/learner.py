@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trajectory_store import ChunkSampler, FleetView, NotAStore
+from trajectory_store import ChunkBatch, ChunkSampler, FleetView, NotAStore, StoreUnavailable
 from vla_post.batch import Batch, NonFiniteLoss
 from vla_post.critics.returns import Unrewarded
-from vla_post.export.registry import SCORES, Registry
+from vla_post.export.registry import SCORES, RegistryUnavailable, open_registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, rows_by
 from vla_post.training.gate import Judge, compare, require_judge
@@ -44,9 +44,11 @@ class LearnerConfig:
     """Checkpoint to start from; published as the first version if the registry is empty."""
     demonstrations: Path
     """Stores that are never forgotten."""
-    online: Path | None = None
-    """Stores that robots write, or will write; without it, learns from demonstrations alone."""
-    registry: Path
+    online: str | Path | None = None
+    """Stores that robots write, or will write: a folder, or s3://bucket/prefix. Without it, learns
+    from demonstrations alone."""
+    registry: str | Path
+    """Of the versions: a folder, or s3://bucket/prefix."""
     run: Path
     """Of `metrics.jsonl` and of the state for `resume`."""
     train: TrainConfig
@@ -105,8 +107,9 @@ class LearnerProcess:
         torch.set_num_threads(config.threads)
         self.config = config
         self.stop = stop or threading.Event()
-        self.registry = Registry(config.registry)
+        self.registry = open_registry(config.registry)
         self._state = config.run / "learner"
+        self._restore()
         resuming = config.resume and (self._state / "state.json").exists()
         source = self._state / "policy" if resuming else config.start
         self.policy = LeRobotPolicy.load(source)
@@ -131,6 +134,8 @@ class LearnerProcess:
             self._trained_episodes = int(extra.get("trained_episodes", 0))
         self._sampler: ChunkSampler | None = None
         self._online: FleetView | None = None
+        self._away = ""
+        """What did not answer the last time."""
         self._rows = 0
         self._looked = 0.0
         self.looks = 0
@@ -157,15 +162,7 @@ class LearnerProcess:
                 if self.trainer.updates > self._published_at:
                     self._publish(metrics)
                 self._told_operation(metrics)
-                self.trainer.save(
-                    self._state,
-                    {
-                        "drawn": self._drawn,
-                        "parent": self._parent,
-                        "round_left": self._round_left,
-                        "trained_episodes": self._trained_episodes,
-                    },
-                )
+                self._save()
                 if self._sampler is not None:
                     self._sampler.close()
         return self.trainer.updates
@@ -182,9 +179,11 @@ class LearnerProcess:
                 self.stop.wait(config.refresh_s / 4)
                 waited_s += config.refresh_s / 4
                 continue
-            assert self._sampler is not None
             started = time.monotonic()
-            chunk = next(self._sampler)
+            chunk = self._draw()
+            if chunk is None:
+                waited_s += time.monotonic() - started
+                continue
             loaded = time.monotonic()
             bad = config.run / "bad_batch.safetensors"
             row = self.trainer.step(chunk, save_bad_batch=bad)
@@ -213,8 +212,30 @@ class LearnerProcess:
                 self._publish(metrics)
                 self._told_operation(metrics)
 
+    def _draw(self) -> ChunkBatch | None:
+        """None while the online stores do not answer."""
+        assert self._sampler is not None
+        try:
+            return next(self._sampler)
+        except StoreUnavailable as error:
+            self._is_away(error)
+            self.stop.wait(self.config.refresh_s)
+            return None
+
+    def _is_away(self, error: Exception) -> None:
+        """The network or the object storage: they come back, and nothing is lost meanwhile."""
+        if str(error) != self._away:
+            log.warning("waiting: %s", error)
+        self._away = str(error)
+
     def _look(self) -> None:
         """Sees what robots have finished recording since the last time."""
+        try:
+            self._see()
+        except StoreUnavailable as error:
+            self._is_away(error)
+
+    def _see(self) -> None:
         self._looked = time.monotonic()
         self.looks += 1
         if self.config.online is None:
@@ -291,10 +312,36 @@ class LearnerProcess:
             )
         self._parent = active.number
 
+    def _save(self) -> None:
+        """What `resume` needs; there whole, also if this process is killed meanwhile."""
+        new, old = (self._state.with_suffix(s) for s in (".new", ".old"))
+        shutil.rmtree(new, ignore_errors=True)
+        self.trainer.save(
+            new,
+            {
+                "drawn": self._drawn,
+                "parent": self._parent,
+                "round_left": self._round_left,
+                "trained_episodes": self._trained_episodes,
+            },
+        )
+        if self._state.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self._state.rename(old)
+        new.rename(self._state)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _restore(self) -> None:
+        """A process that was killed between the two renames of `_save`."""
+        old = self._state.with_suffix(".old")
+        if old.exists() and not self._state.exists():
+            old.rename(self._state)
+
     def _publish(self, metrics: MetricsLog) -> None:
         folder = Path(tempfile.mkdtemp(prefix="publish_", dir=self.config.run))
         try:
             self.trainer.save_policy(folder)
+            self._published_s = time.monotonic()  # an outage is tried again after `publish_s`
             version = self.registry.publish(
                 folder,
                 contract=self.contract,
@@ -304,10 +351,15 @@ class LearnerProcess:
                 metrics={"online_rows": self._rows, "updates": self.trainer.updates}
                 | self._scores(folder),
             )
+        except RegistryUnavailable as error:
+            self._is_away(error)
+            self._save()
+            return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._parent = version.number
         self._published_at, self._published_s = self.trainer.updates, time.monotonic()
+        self._save()  # a learner that is killed goes on from its last version
         told = {key: version.metrics[key] for key in SCORES if key in version.metrics}
         metrics.write({"published": version.number, "at_update": self.trainer.updates} | told)
         log.info("published %s after %d updates", version.name, self.trainer.updates)

@@ -201,6 +201,62 @@ def test_sigterm_ends_in_order(folders: Path, contract: Contract):
     assert (folders / "run" / "learner" / "state.json").exists()
 
 
+def test_a_kill_while_the_state_is_saved_leaves_the_one_before(
+    folders: Path, contract: Contract, monkeypatch: pytest.MonkeyPatch
+):
+    record(folders / "online" / "robot", contract, [Source.HUMAN] * 30)
+    LearnerProcess(config(folders, max_updates=20)).run()
+    rename = Path.rename
+
+    class Killed(BaseException):
+        pass
+
+    def die(self: Path, target: Path) -> Path:
+        if self.name == "learner.new":
+            raise Killed
+        return rename(self, target)
+
+    killed = LearnerProcess(config(folders, max_updates=40, resume=True))
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(Killed):
+        killed.run()
+    monkeypatch.setattr(Path, "rename", rename)
+    assert not (folders / "run" / "learner").exists()
+    again = LearnerProcess(config(folders, max_updates=25, resume=True))
+    assert again.trainer.updates == 20
+    assert again.run() == 25
+
+
+def test_an_outage_of_the_object_storage_is_waited_out(s3, folders: Path, contract: Contract):
+    from trajectory_store import copying
+    from vla_post.export.registry import open_registry
+
+    record(folders / "online" / "robot", contract, [Source.HUMAN] * 30)
+    copying.merge([folders / "online" / "robot"], "s3://fleet/online/robot")
+    stop = threading.Event()
+    places = {"online": "s3://fleet/online", "registry": "s3://fleet/registry"}
+    process = LearnerProcess(config(folders, **places), stop)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    registry = open_registry("s3://fleet/registry")
+    try:
+        _until(lambda: len(registry.numbers()) > 1)
+        s3.mode = "cut"
+        _until(lambda: "did not answer" in process._away)
+        updates = process.trainer.updates
+        _until(lambda: process.trainer.updates > updates)  # from what it has read already
+        assert thread.is_alive()
+        s3.mode = "open"
+        before = len(registry.numbers())
+        _until(lambda: len(registry.numbers()) > before)
+    finally:
+        s3.mode = "open"
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    assert registry.version(registry.numbers()[-1]).learner_step == process.trainer.updates
+
+
 def test_a_bad_batch_is_saved_and_the_weights_stay(folders: Path, contract: Contract):
     from safetensors.numpy import load_file
 

@@ -1,0 +1,273 @@
+"""A robot's episodes reach the fleet exactly once, whatever is killed, cut or said twice."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trajectory_store import FleetView, Outcome, Store, StoreBusy, StoreError, maintenance
+from trajectory_store.copying import Target
+from trajectory_store.uplink import Bandwidth, Uplink, UplinkConfig, read_health
+
+DEST = "s3://fleet/cells"
+
+
+def wait(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def require_same(here: Store, there: Store) -> None:
+    """Every whole episode is there once, with the same labels, ticks and frames, bit for bit."""
+    whole = [e for e in here.table if not (e.is_open or e.deleted)]
+    assert sorted(e.uuid for e in there.table if not e.deleted) == sorted(e.uuid for e in whole)
+    for a in whole:
+        b = there.episode(a.uuid)
+        assert b == a.replace(first_row=b.first_row, end_row=b.end_row)
+        for name in here.columns:
+            values = here.read(name, a), there.read(name, b)
+            if name.endswith(".frame"):  # where the bytes lie differs, not whether they are there
+                values = tuple(v[:, 0] >= 0 for v in values)
+            np.testing.assert_array_equal(*values, err_msg=name)
+        for key in here.frames:
+            seen = here.read(f"{key}.frame", a)[:, 0] >= 0
+            rows = [np.arange(e.first_row, e.end_row)[seen] for e in (a, b)]
+            assert here.read_encoded(key, rows[0]) == there.read_encoded(key, rows[1])
+
+
+@pytest.fixture
+def once(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """once(dest): a new uplink process in all but name delivers what is closed, and ends."""
+
+    def go(dest: str | Path = tmp_path / "fleet", **options) -> int:
+        uplink = Uplink(UplinkConfig(store=tmp_path / "robot", dest=dest, **options))
+        try:
+            return uplink.round()
+        finally:
+            uplink.close()
+            errors = [h.error for h in uplink.health if h.error]
+            assert not errors, errors
+
+    return go
+
+
+def test_episodes_pictures_and_later_labels_arrive(
+    tmp_path, cameras, record, open_writer, jpegs, depths, once
+):
+    writer = open_writer(cameras, tmp_path / "robot")
+
+    def frames(i: int) -> dict:
+        wrist = {"observation.images.wrist": jpegs[i % 40]} if i > 2 else {}
+        return wrist | {"observation.images.depth": depths[i // 3 % 20]}
+
+    uuids = [record(writer, 45, seed=s, frames=frames, outcome="failure") for s in range(3)]
+    running = writer.begin_episode("pick")
+    writer.flush()
+    assert once() == 3
+    here, there = Store(tmp_path / "robot"), Store(tmp_path / "fleet" / "robot")
+    require_same(here, there)
+    assert running not in {e.uuid for e in there.table}
+    assert once() == 0
+    # Whoever looks at the fleet sees a store like any other.
+    assert [e.uuid for e in FleetView(tmp_path / "fleet").episodes] == uuids
+
+    writer.end_episode("aborted")
+    writer.change_episode(uuids[0], lambda e: e.replace(outcome=Outcome.SUCCESS, notes="seen"))
+    writer.change_episode(uuids[1], lambda e: e.replace(deleted=True))
+    writer.flush()
+    # A label that somebody changes at the fleet stays, as this robot did not change it.
+    maintenance.relabel(tmp_path / "fleet" / "robot", [uuids[2]], notes="by the lead")
+    assert once() == 1
+    there.refresh()
+    assert there.episode(uuids[0]).outcome is Outcome.SUCCESS
+    assert there.episode(uuids[1]).deleted
+    assert there.episode(uuids[2]).notes == "by the lead"
+
+
+def test_announcements_may_come_twice_or_late_or_never(tmp_path, contract, record, open_writer):
+    writer = open_writer(contract, tmp_path / "robot")
+    chance = random.Random(5)
+    uplink = Uplink(UplinkConfig(store=tmp_path / "robot", dest=tmp_path / "fleet", poll_s=0.02))
+    thread = threading.Thread(target=uplink.run)
+    thread.start()
+    uuids: list[str] = []
+    for seed in range(8):
+        uuids.append(record(writer, 5 + seed, seed=seed))
+        said = [*uuids, *uuids, "no such episode"]
+        chance.shuffle(said)
+        for uuid in said[: chance.randrange(len(said))]:
+            uplink.announce(uuid)
+    writer.flush()
+    wait(lambda: uplink.health and uplink.health[0].delivered == 8, "they did not arrive")
+    uplink.end()
+    thread.join()
+    there = Store(tmp_path / "fleet" / "robot")
+    assert [e.uuid for e in there.table] == uuids
+    require_same(Store(tmp_path / "robot"), there)
+
+
+def test_two_copiers_at_once_never_make_two_copies(tmp_path, contract, record, open_writer):
+    """The lock is taken away from the first in the middle; the commit itself refuses."""
+    writer = open_writer(contract, tmp_path / "robot")
+    uuids = [record(writer, 20, seed=seed) for seed in range(3)]
+    writer.flush()
+    here = Store(tmp_path / "robot")
+    first, second = Target(str(tmp_path / "t"), "first"), Target(str(tmp_path / "t"), "second")
+    with first.held(here.contract):
+        assert first.add(here, here.episode(uuids[0]))
+        first._lock.release()
+        with second.held(here.contract):
+            assert not second.add(here, here.episode(uuids[0]))
+            assert second.add(here, here.episode(uuids[1]))
+        with pytest.raises(StoreBusy, match="somebody else committed"):
+            first.add(here, here.episode(uuids[1]))
+    with first.held(here.contract):
+        assert [first.add(here, here.episode(u)) for u in uuids] == [False, False, True]
+    assert [e.uuid for e in Store(tmp_path / "t").table] == uuids
+
+
+def test_an_uplink_in_use_and_nonsense_are_refused(tmp_path, contract, record, open_writer):
+    with pytest.raises(ValueError, match="bandwidth_mbit_s is -1"):
+        UplinkConfig(store="a", dest="b", bandwidth_mbit_s=-1)
+    with pytest.raises(ValueError, match="one folder name"):
+        UplinkConfig(store="a", dest="b", name="x/y")
+    with pytest.raises(ValueError, match="reads a local store"):
+        UplinkConfig(store="s3://a/b", dest="b")
+    writer = open_writer(contract, tmp_path / "robot")
+    record(writer, 5)
+    writer.flush()
+    config = UplinkConfig(store=tmp_path / "robot", dest=tmp_path / "fleet")
+    first, second = Uplink(config), Uplink(config)
+    first.round()
+    with pytest.raises(StoreBusy, match="another uplink delivers it"):
+        second.round()
+    first.close()
+    with pytest.raises(StoreError, match="delivered to itself"):
+        Uplink(UplinkConfig(store=tmp_path / "robot", dest=tmp_path)).round()
+
+
+def test_bandwidth_is_spent_no_faster_than_it_comes(monkeypatch):
+    now = [100.0]
+    stop = threading.Event()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stop, "wait", lambda s: now.__setitem__(0, now[0] + s))
+    line = Bandwidth(8.0, stop)  # a megabyte a second
+    for _ in range(20):
+        line.spend(500_000)
+    assert now[0] == pytest.approx(109.5)  # the first of them goes at once
+    now[0] += 50.0  # silence does not save up for a flood
+    for _ in range(4):
+        line.spend(500_000)
+    assert now[0] == pytest.approx(161.0)
+    Bandwidth(0.0, stop).spend(10**12)
+    assert now[0] == pytest.approx(161.0)
+
+
+def test_a_cut_network_shows_as_backlog_and_heals(
+    s3, s3_server, tmp_path, contract, record, open_writer
+):
+    writer = open_writer(contract, tmp_path / "robot")
+    uplink = Uplink(UplinkConfig(store=tmp_path / "robot", dest=DEST, poll_s=0.02))
+    thread = threading.Thread(target=uplink.run)
+    record(writer, 30, seed=0)
+    writer.flush()
+    thread.start()
+    wait(lambda: uplink.health and uplink.health[0].delivered == 1, "nothing arrived")
+
+    def told(episodes: int, ok: bool) -> Callable[[], bool]:
+        def look() -> bool:
+            health = uplink.health[0]
+            return health.backlog_episodes == episodes and health.ok == ok
+
+        return look
+
+    s3.mode = "cut"
+    for seed in (1, 2):  # the robot records as before
+        record(writer, 30, seed=seed)
+    writer.flush()
+    wait(told(2, False), "the outage does not show")
+    health = next(read_health(tmp_path / "robot"))
+    assert "object storage did not answer" in health.error
+    assert health.oldest_s > 0.0
+    assert health.backlog_bytes > 60 * 40
+    s3.mode = "open"
+    wait(told(0, True), "it did not resume")
+    # Answers that get lost after the server has done its work, then the server itself goes away.
+    s3.mode = "swallow"
+    record(writer, 30, seed=3)
+    writer.flush()
+    wait(lambda: s3.swallowed > 0, "no answer was lost")
+    s3_server.stop()
+    s3.mode = "open"
+    record(writer, 30, seed=4)
+    writer.flush()
+    wait(told(2, False), "the second outage does not show")
+    s3_server.start()
+    wait(told(0, True), "it did not resume after the restart")
+    uplink.end()
+    thread.join()
+    require_same(Store(tmp_path / "robot"), Store(f"{DEST}/robot"))
+
+
+def kill_often(folder: Path, s3, cameras, record, open_writer, jpegs, *, times: int) -> None:
+    """SIGKILL at random instants of an upload; each new process goes on."""
+    writer = open_writer(cameras, folder / "robot")
+    frames = [{"observation.images.wrist": j} for j in jpegs]
+    chance = random.Random(11)
+    uuids: list[str] = []
+
+    def arrived() -> int:
+        time.sleep(0.1)  # looking costs the server more than delivering
+        try:
+            return len(Store(f"{DEST}/robot").table)
+        except StoreError:
+            return 0
+
+    for kill in range(times):
+        for _ in range(3):
+            uuids.append(record(writer, 30, seed=len(uuids), frames=lambda i: frames[i]))
+        writer.flush()
+        before, sent = arrived(), s3.sent
+        process = uplink_process(folder)
+        # After its first words on the wire, and at times after its first episode.
+        wait(lambda sent=sent: s3.sent > sent, "it sent nothing")
+        if kill % 2:
+            wait(lambda before=before: arrived() > before, "nothing arrived")
+        time.sleep(chance.random() * 0.3)  # not a wait: the random instant itself
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    process = uplink_process(folder)
+    wait(lambda: arrived() >= len(uuids), "the last process did not finish")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    require_same(Store(folder / "robot"), Store(f"{DEST}/robot"))
+    assert next(read_health(folder / "robot")).backlog_episodes == 0
+
+
+def test_killed_again_and_again_while_the_robot_records(
+    s3, tmp_path, cameras, record, open_writer, jpegs
+):
+    kill_often(tmp_path, s3, cameras, record, open_writer, jpegs, times=3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_killed_forty_times(s3, tmp_path, cameras, record, open_writer, jpegs):
+    kill_often(tmp_path, s3, cameras, record, open_writer, jpegs, times=40)
+
+
+def uplink_process(folder: Path) -> subprocess.Popen:
+    words = ["uplink", str(folder / "robot"), DEST, "--poll-s", "0.05"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "vla_post.cli.main", *words], stderr=subprocess.DEVNULL
+    )
