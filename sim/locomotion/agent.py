@@ -161,7 +161,7 @@ class Agent:
         each = -(-steps // self.config.envs)
 
         def enough(count: int, _: Sequence[int]) -> bool:
-            if count % max(each // 10, 1) == 0:
+            if count and count % max(each // 10, 1) == 0:
                 say(f"{self.env}: {count * self.config.envs:,} steps recorded")
             return count >= each
 

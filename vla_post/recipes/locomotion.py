@@ -62,7 +62,7 @@ class LocomotionData:
     medium_score: float = 33.0
     """D4RL's normalised score, averaged over evaluation episodes, at which a policy is medium."""
     expert_score: float = 90.0
-    """At which it is an expert. PPO gets there on Hopper-v5; see docs/data.md for the others."""
+    """At which it is an expert; PPO may need a lower one, see docs/data.md."""
     max_steps: int = 3_000_000
     """Of training, all environments together."""
     ppo: PpoConfig = field(default_factory=PpoConfig)

@@ -126,6 +126,21 @@ def test_a_stopped_data_set_goes_on_and_a_finished_one_is_kept(tmp_path: Path):
         make_dataset(options, tmp_path / "mine" / "thesis.tex", say=quiet)
 
 
+def test_a_full_length_run_is_a_timeout_in_the_file_and_a_success_in_the_store(tmp_path: Path):
+    options = LocomotionData(
+        env="HalfCheetah-v5", quality="medium", transitions=2000, medium_score=-50.0, ppo=TINY
+    )
+    about = make_dataset(options, tmp_path / "out", say=quiet)
+    data = Transitions.load(tmp_path / "out" / "transitions.hdf5")
+    assert not data.terminals.any()
+    np.testing.assert_array_equal(np.flatnonzero(data.timeouts), [999, 1999])
+    assert about["mean_return_of_whole_episodes"] == pytest.approx(
+        data.episode_returns().mean(), rel=1e-4
+    )
+    episodes = Store(tmp_path / "out" / "store").episodes
+    assert [(len(e), e.outcome) for e in episodes] == [(1000, Outcome.SUCCESS)] * 2
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
