@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
@@ -23,7 +23,7 @@ from robot_bridge.console.desk import PERIOD_S, Desk
 from robot_bridge.console.drive import CommandRefused, Order
 from robot_bridge.console.episodes import Library
 from robot_bridge.console.hub import Browser
-from robot_bridge.console.learning import Learning
+from robot_bridge.console.learning import Action, Learning
 from robot_bridge.console.lease import Leases
 from trajectory_store.contract import Contract
 
@@ -272,12 +272,21 @@ class Console:
     async def _plan(self, request: Request, session: Session) -> Response:
         query = request.query_params
         action = query.get("action", "")
-        if action not in ("activate", "rollback"):
-            raise Denied(400, "action is activate or rollback")
+        if action not in get_args(Action):
+            raise Denied(400, f"action is one of {', '.join(get_args(Action))}")
         number = _count(query["version"], 0, 10**9) if "version" in query else None
-        plan = await asyncio.to_thread(self.learning.plan, action, number)
+        plan = await asyncio.to_thread(
+            self.learning.plan,
+            cast(Action, action),
+            number,
+            share=_count(query.get("percent", "0"), 0, 100) / 100,
+            cells=[name for name in query.get("cells", "").split(",") if name],
+            known=list(self.desks),
+        )
+        takes = plan.pop("takes")
         plan["cells"] = [
             {
+                "takes": desk.name in takes,
                 "cell": desk.name,
                 "runs": None if desk.link is None else desk.link.policy.get("version"),
                 "in_episode": desk.link is not None and desk.link.episode is not None,

@@ -7,18 +7,19 @@ import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from robot_bridge.console.access import Session
 from robot_bridge.console.desk import Desk
 from robot_bridge.console.drive import CommandRefused
 from robot_bridge.console.episodes import Library
-from robot_bridge.console.learning import Learning
+from robot_bridge.console.learning import Action, Learning
 from robot_bridge.console.lease import Leases, LeaseTaken
 from robot_bridge.snapshots import Reply
 
 Needs = Literal["session", "operator", "lease"]
 
+MAX_CELLS = 200
 NEEDS: Mapping[str, Needs] = {
     "stop": "session",
     "lease": "operator",
@@ -34,6 +35,8 @@ NEEDS: Mapping[str, Needs] = {
     "label": "operator",
     "activate": "operator",
     "rollback": "operator",
+    "canary": "operator",
+    "withdraw": "operator",
 }
 """Command -> who may: anybody who logged in, operators, or the operator who holds the cell."""
 
@@ -105,8 +108,8 @@ class Commands:
             return {"ok": desk.steering.give(session), "message": ""}
         if name == "label":
             return await self._label(session, desk, arguments)
-        if name in ("activate", "rollback"):
-            return await self._version(name, session, arguments)
+        if name in get_args(Action):
+            return await self._version(cast(Action, name), session, arguments)
         link = desk.link
         if link is None:
             raise CommandRefused("offline", f"{desk.name} is not connected")
@@ -154,16 +157,27 @@ class Commands:
             raise CommandRefused("label", str(error)) from None
         return {"ok": True, "message": "", "before": before, "after": after}
 
-    async def _version(self, name: str, session: Session, arguments: Mapping[str, Any]) -> Body:
+    async def _version(self, name: Action, session: Session, arguments: Mapping[str, Any]) -> Body:
         number = arguments.get("version")
         whole = isinstance(number, int) and not isinstance(number, bool)
-        if not whole and (name == "activate" or number is not None):
+        if not whole and (name in ("activate", "canary") or number is not None):
             raise CommandRefused("version", "version is a whole number")
         reason = f"{session.name}: {_text(arguments, 'reason', limit=200, empty=True)}"
-        pin = arguments.get("pin", True) is True
+        share, cells = arguments.get("share", 0.0), arguments.get("cells", [])
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise CommandRefused("format", "share is a number from 0 to 1")
+        named = isinstance(cells, list) and len(cells) <= MAX_CELLS
+        if not named or not all(isinstance(c, str) and len(c) <= 80 for c in cells):
+            raise CommandRefused("format", f"cells is a list of at most {MAX_CELLS} names")
         try:
             version = await asyncio.to_thread(
-                self._learning.point, name, number, reason=reason, pin=pin
+                self._learning.point,
+                name,
+                number,
+                reason=reason,
+                pin=arguments.get("pin", True) is True,
+                share=float(share),
+                cells=cells,
             )
         except (ValueError, OSError) as error:
             raise CommandRefused("version", str(error)) from None

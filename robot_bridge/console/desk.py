@@ -268,6 +268,7 @@ class Desk:
                 "mode_since_ms": round(self._ears.mode_s * 1e3),
                 "episode": sight.episode(self.contract, link),
                 "traces": traces(link.health),
+                "shadow": sight.shadow(link),
             }
         )
 

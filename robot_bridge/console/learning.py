@@ -11,12 +11,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trajectory_store import Episode, Outcome, Source
 from vla_post.evaluation.paired import wilson_interval
-from vla_post.export.registry import RegistryError, Version, open_registry
+from vla_post.export.registry import Canary, Registry, RegistryError, Version, open_registry
 
+Action = Literal["activate", "rollback", "canary", "withdraw"]
+"""What a person may do with versions."""
 MAX_POINTS = 400
 """Of one curve; longer ones are thinned by halves."""
 MAX_CURVES = 60
@@ -179,9 +181,10 @@ class Learning:
     def versions(self) -> dict[str, Any]:
         """All versions, newest first, with lineage and metrics."""
         if self.registry is None:
-            return {"versions": [], "active": None, "pinned": False, "history": []}
+            return {"versions": [], "active": None, "pinned": False, "canary": None, "history": []}
         found: list[Version] = self.registry.versions()
-        active = self.registry.active()
+        active, canary = self.registry.active(), self.registry.canary
+        rejected = set(self.registry.rejected)
         return {
             "versions": [
                 {
@@ -193,42 +196,92 @@ class Learning:
                     "contract": v.contract_sha256[:12],
                     "snapshots": len(v.snapshots),
                     "files": len(v.files),
+                    "rejected": v.number in rejected,
                 }
                 for v in reversed(found)
             ],
             "active": None if active is None else active.number,
             "pinned": self.registry.pinned,
+            "canary": None
+            if canary is None
+            else {"version": canary.version, "share": canary.share, "cells": list(canary.cells)},
             "history": self.registry.history()[-100:][::-1],
         }
 
-    def point(self, action: str, number: int | None, *, reason: str, pin: bool) -> int:
-        """Activates a version, or rolls back. Returns the number of the active one.
+    def point(
+        self,
+        action: Action,
+        number: int | None,
+        *,
+        reason: str,
+        pin: bool = True,
+        share: float = 0.0,
+        cells: Sequence[str] = (),
+    ) -> int:
+        """Activates a version, rolls back, lets some cells try one, or ends that.
+
+        Returns:
+            The number of the version that is active, was sent out or was taken back.
 
         Raises:
             RegistryError: no registry, no such version, or it fails its checks.
         """
-        if self.registry is None:
-            raise RegistryError("this console has no registry; start it with --registry")
-        if action == "activate":
-            assert number is not None
-            return self.registry.promote(number, reason=reason, pin=pin).number
-        return self.registry.rollback(to=number, reason=reason).number
+        registry = self._registry()
+        if action == "withdraw":
+            return registry.end_canary(reason=reason).version
+        if action == "rollback":
+            return registry.rollback(to=number, reason=reason).number
+        if number is None:
+            raise RegistryError("name a version")
+        if action == "canary":
+            return registry.start_canary(number, share=share, cells=cells, reason=reason).version
+        return registry.promote(number, reason=reason, pin=pin).number
 
-    def plan(self, action: str, number: int | None) -> dict[str, Any]:
+    def plan(
+        self,
+        action: Action,
+        number: int | None,
+        *,
+        share: float = 0.0,
+        cells: Sequence[str] = (),
+        known: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """What `point` would do, without doing it; for the page that asks whether one is sure.
+
+        Args:
+            known: names of this console's cells; `takes` are those that change.
 
         Raises:
             RegistryError: it would be refused.
         """
-        if self.registry is None:
-            raise RegistryError("this console has no registry; start it with --registry")
-        active = self.registry.active()
+        registry = self._registry()
+        active, canary = registry.active(), registry.canary
+        if action == "withdraw":
+            if canary is None or active is None:
+                raise RegistryError("no canary is out")
+            return {
+                "from": canary.version,
+                "to": active.number,
+                "takes": [name for name in known if canary.takes(name)],
+            }
         if action == "rollback" and number is None:
-            number = self.registry.previous()
+            number = registry.previous()
         if number is None:
             raise RegistryError("name a version")
-        version = self.registry.verify(number)
+        version = registry.verify(number)
+        held = registry.held(version) if action == "activate" else None
+        if held is not None:
+            raise RegistryError(f"{version.name}: {held}. Try it on some cells first")
+        takes = list(known)
+        if action == "canary":
+            if active is None or active.number == number:
+                raise RegistryError("a canary is another version than the active one")
+            tried = Canary(version=number, share=share, cells=tuple(cells))
+            takes = [name for name in known if tried.takes(name)]
+        ends = canary is not None and (action == "rollback" or canary.version == number)
         return {
+            "takes": takes,
+            "ends": canary.version if canary is not None and ends else None,
             "from": None if active is None else active.number,
             "to": version.number,
             "pins": action == "rollback",
@@ -236,6 +289,11 @@ class Learning:
             "parent": version.parent,
             "learner_step": version.learner_step,
         }
+
+    def _registry(self) -> Registry:
+        if self.registry is None:
+            raise RegistryError("this console has no registry; start it with --registry")
+        return self.registry
 
 
 def by_version(episodes: Sequence[Episode]) -> list[dict[str, Any]]:

@@ -35,6 +35,20 @@ def arbiter(link: "CellClient") -> dict[str, Any]:
     }
 
 
+def shadow(link: "CellClient") -> dict[str, float] | None:
+    """What a candidate beside the policy would have done otherwise, in shares of joints' ranges."""
+    for name, said in link.health.items():
+        if name.endswith("/runner") and "shadow_version" in said.values:
+            found: dict[str, float] = {}
+            for key in ("version", "chunks", "errors", "mean", "first", "worst", "outside"):
+                try:
+                    found[key] = float(said.values[f"shadow_{key}"])
+                except (KeyError, ValueError):
+                    continue
+            return found
+    return None
+
+
 def episode(contract: Contract, link: "CellClient") -> dict[str, Any] | None:
     """The one that runs, or waits for its scene."""
     found = link.episode

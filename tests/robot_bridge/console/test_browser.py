@@ -363,6 +363,54 @@ def test_roll_back_says_what_will_happen_and_the_robot_follows(person: Any, site
     assert not site.registry.pinned
 
 
+def test_some_cells_try_a_version_and_it_is_taken_back(person: Any, site: Any):
+    ann = person().ready()
+    ann.page.click("[data-page=learner]")
+    ann.page.wait_for_selector("tr[data-version='3'][aria-current=true]")
+    ann.do("canary-2")
+    ann.page.fill("[data-do=percent]", "0")
+    ann.page.press("[data-do=percent]", "Tab")
+    ann.page.wait_for_selector("dialog:has-text('None of the cells here')")
+    assert ann.page.is_disabled("[data-do=plan-yes]")
+    ann.page.check(f"[data-do=try-{CELL}]")
+    ann.page.wait_for_selector(f"dialog:has-text('Of the cells here: {CELL}.')")
+    text = ann.page.text_content("dialog")
+    assert "All others stay with v3" in text
+    assert f"{CELL} changes before its next episode" in text
+    assert "sawyer_state changes" not in text
+    ann.do("plan-yes")
+    ann.page.wait_for_selector(f"tr[data-version='2'] .badge:has-text('tried by {CELL}')")
+    assert site.registry.active().number == 3
+    assert (site.registry.canary.version, site.registry.canary.cells) == (2, (CELL,))
+    ann.page.click("[data-page=live]")
+    ann.page.wait_for_function("() => window.vlaConsole.live.state.policy.version === 2")
+    ann.page.click("[data-page=learner]")
+    ann.do("withdraw-2")
+    text = ann.page.text_content("dialog")
+    assert "The cells that try v2 go back to v3" in text
+    assert "v2 counts as rejected" in text
+    ann.do("plan-yes")
+    ann.page.wait_for_selector("tr[data-version='2'] .badge:has-text('rejected')")
+    assert site.registry.canary is None
+    ann.page.click("[data-page=live]")
+    ann.page.wait_for_function("() => window.vlaConsole.live.state.policy.version === 3")
+    for number in (2, 3):  # as it was
+        site.registry.promote(number)
+    with site.client() as client:
+        base = f"/api/cells/{CELL}"
+        for body, words in [
+            ({"version": 2, "share": 2}, "0 to 1"),
+            ({"version": 2, "cells": "all"}, "list of at most"),
+            ({"version": 2}, "a canary needs"),
+            ({"share": 0.5}, "whole number"),
+        ]:
+            answer = client.post(f"{base}/canary", json=body)
+            assert answer.status_code == 400
+            assert words in answer.text
+        assert "no canary" in client.post(f"{base}/withdraw", json={}).text
+        assert client.get("/api/versions/plan?action=canary&version=3").status_code == 400
+
+
 def test_two_browsers_contend_for_one_cell(person: Any):
     ann, bob = person(), person()
     ann.ready().take()

@@ -162,55 +162,108 @@ export class Learner {
       fill(this.versions, registry.versions.map((v) => {
         const active = v.version === registry.active;
         const played = found.get(v.version);
+        const { canary } = registry;
+        const tried = canary?.version === v.version;
+        const act = (name, off = false) => button(t(`versions.${name}`), () => this.ask(name, name === "withdraw" ? null : v.version), { disabled: !may || off, "data-do": `${name}-${v.version}` });
         return h("tr", { "data-version": v.version, "aria-current": active ? "true" : null },
-          h("td", {}, h("b", {}, `v${v.version}`), active ? h("span", { class: "badge" }, t("versions.active")) : null),
+          h("td", {}, h("b", {}, `v${v.version}`), active ? h("span", { class: "badge" }, t("versions.active")) : null,
+            tried ? h("span", { class: "badge try" }, t("versions.tried", { who: whom(canary) })) : null, v.rejected ? h("span", { class: "badge no" }, t("versions.rejected")) : null),
           h("td", {}, v.parent ? `v${v.parent}` : "–"), h("td", {}, when(v.created_s)), h("td", { class: "number" }, String(v.learner_step)),
           h("td", {}, played ? `${played.success_alone}/${played.episodes}` : "–"),
-          h("td", { class: "remarks" }, metrics(v.metrics)),
-          h("td", {}, active ? null : button(t("versions.activate"), () => this.ask("activate", v.version), { disabled: !may, "data-do": `activate-${v.version}` })));
+          h("td", { class: "remarks" }, [metrics(v.metrics), ...this.shadows(v.version)].filter(Boolean).join("; ")),
+          h("td", {}, h("div", { class: "row end" }, active ? null : [tried ? act("withdraw") : act("canary", canary !== null || registry.active === null), act("activate")])));
       }));
     }
     fill(this.history, registry.history.slice(0, 30).map((entry) => h("li", {}, h("time", {}, when(entry.stamp_ns / 1e9)), ` ${entry.action} v${entry.version} ${entry.reason}`)));
   }
 
+  // What shadows of this version would have done otherwise, by cell.
+  shadows(version) {
+    const percent = (x) => `${(100 * x).toFixed(1)} %`;
+    return [...this.app.states.values()].filter((s) => s.shadow?.version === version && s.shadow.chunks)
+      .map((s) => t("versions.shadow", { cell: s.cell, n: s.shadow.chunks, mean: percent(s.shadow.mean), first: percent(s.shadow.first), worst: percent(s.shadow.worst) }));
+  }
+
   // Says what will happen, then asks.
   async ask(action, version) {
-    const query = new URLSearchParams({ action });
-    if (version !== null) query.set("version", version);
+    const names = this.app.cells.map((cell) => cell.cell);
+    const percent = h("input", { type: "number", min: "0", max: "100", step: "5", value: names.length > 1 ? "25" : "0", "data-do": "percent" });
+    const boxes = names.map((name) => h("input", { type: "checkbox", value: name, checked: names.length === 1, "data-do": `try-${name}` }));
+    const chosen = () => boxes.filter((box) => box.checked).map((box) => box.value);
+    const look = () => {
+      const query = new URLSearchParams({ action });
+      if (version !== null) query.set("version", version);
+      if (action === "canary") {
+        query.set("percent", String(Math.round(Number(percent.value))));
+        query.set("cells", chosen().join(","));
+      }
+      return api(`/api/versions/plan?${query}`);
+    };
     let plan;
     try {
-      plan = await api(`/api/versions/plan?${query}`);
+      plan = await look();
     } catch (error) {
       this.app.tell(t("refused", { message: error.message }), "bad");
       return;
     }
     const pin = h("input", { type: "checkbox", checked: true, "data-do": "pin" });
     const reason = h("input", { type: "text", maxlength: 150, "data-do": "reason" });
-    const follow = h("li", {});
-    const showPin = () => say(follow, t(plan.pins || pin.checked ? "plan.pin" : "plan.follow"));
-    pin.addEventListener("change", showPin);
-    showPin();
+    const list = h("ul", { class: "plan-list", "aria-live": "polite" });
+    const sure = button(t("plan.do"), () => go(), { class: "primary", "data-do": "plan-yes" });
+    const show = () => {
+      fill(list, lines(action, plan, pin.checked, Number(percent.value)).map((line) => h("li", {}, line)));
+      sure.disabled = action === "canary" && !(Number(percent.value) > 0 || chosen().length);
+    };
+    pin.addEventListener("change", show);
+    for (const input of [percent, ...boxes]) {
+      input.addEventListener("change", async () => {
+        sure.disabled = true;
+        plan = await look().catch(() => plan);
+        show();
+      });
+    }
+    show();
     const close = () => dialog.close();
+    const go = async () => {
+      close();
+      const args = { reason: reason.value };
+      if (action !== "withdraw") args.version = plan.to;
+      if (action === "activate") args.pin = pin.checked;
+      if (action === "canary") Object.assign(args, { share: Number(percent.value) / 100, cells: chosen() });
+      const reply = await this.app.command(action, args);
+      if (reply.ok) this.app.tell(t(`plan.done.${action}`, reply), "good");
+      this.load();
+    };
     const dialog = h("dialog", { "aria-labelledby": "plan-title", onclose: () => dialog.remove() },
       h("h2", { id: "plan-title" }, t(`plan.${action}`, plan)),
-      h("ul", { class: "plan-list" },
-        h("li", {}, plan.from === null ? t("plan.nothing") : t("plan.now", plan)), h("li", {}, t("plan.checked", plan)),
-        plan.cells.map((cell) => h("li", {}, t(cell.swap === "chunk" ? "plan.cell.chunk" : cell.in_episode ? "plan.cell.episode" : "plan.cell.idle", cell))),
-        h("li", {}, t("plan.again")), follow),
-      plan.pins ? null : h("label", { class: "check" }, pin, t("plan.pinbox")),
+      action !== "canary" ? null : h("fieldset", {}, h("legend", {}, t("plan.who")),
+        h("label", {}, t("plan.percent"), percent), boxes.map((box) => h("label", { class: "check" }, box, box.value))),
+      list,
+      action !== "activate" ? null : h("label", { class: "check" }, pin, t("plan.pinbox")),
       h("label", {}, t("plan.reason"), reason),
-      h("div", { class: "row end" }, button(t("plan.cancel"), close, { "data-do": "plan-no" }),
-        button(t("plan.do"), async () => {
-          close();
-          const args = { version: plan.to, reason: reason.value };
-          if (action === "activate") args.pin = pin.checked;
-          const reply = await this.app.command(action, args);
-          if (reply.ok) this.app.tell(t("plan.done", reply), "good");
-          this.load();
-        }, { class: "primary", "data-do": "plan-yes" })));
+      h("div", { class: "row end" }, button(t("plan.cancel"), close, { "data-do": "plan-no" }), sure));
     append(document.body, [dialog]);
     dialog.showModal();
   }
+}
+
+// What will happen, in sentences.
+function lines(action, plan, pin, percent) {
+  const swap = (cell) => t(cell.swap === "chunk" ? "plan.cell.chunk" : cell.in_episode ? "plan.cell.episode" : "plan.cell.idle", cell);
+  const taking = plan.cells.filter((cell) => cell.takes);
+  if (action === "withdraw") return [t("plan.withdrawn", plan), ...taking.map(swap), t("plan.rejects", plan)];
+  const first = [plan.from === null ? t("plan.nothing") : t("plan.now", plan), t("plan.checked", plan)];
+  if (action === "canary") {
+    const here = taking.map((cell) => cell.cell).join(", ");
+    return [...first, percent > 0 ? t("plan.tries", { ...plan, percent }) : null, here ? t("plan.here", { ...plan, here }) : t("plan.nohere"),
+      t("plan.stay", plan), ...taking.map(swap), t("plan.again"), t("plan.waits", plan)].filter(Boolean);
+  }
+  return [...first, plan.ends === null ? null : t("plan.ends", plan), ...taking.map(swap), t("plan.again"),
+    t(plan.pins || pin ? "plan.pin" : "plan.follow")].filter(Boolean);
+}
+
+function whom({ share, cells }) {
+  return [share > 0 ? t("versions.share", { percent: Math.round(100 * share) }) : null, ...cells].filter(Boolean).join(", ");
 }
 
 function metrics(values) {
