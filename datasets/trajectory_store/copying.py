@@ -96,25 +96,35 @@ class Target:
         self.episodes = {e.uuid: e for e in table}
 
     def add(self, store: Store, episode: Episode) -> bool:
-        """Copies a finished episode in one commit; False when it is there already.
+        """Copies a finished episode in one commit; False when it is there already."""
+        return bool(self.add_all(store, [episode]))
+
+    def add_all(self, store: Store, episodes: Sequence[Episode]) -> list[str]:
+        """Copies finished episodes, those that are not there yet, all in one commit.
+
+        Returns:
+            uuids of the episodes copied now.
 
         Raises:
-            SchemaMismatch: its contract contradicts the target's.
+            SchemaMismatch: an episode's contract contradicts the target's.
         """
-        if episode.uuid in self.episodes:
-            return False
+        new = {e.uuid: e for e in episodes if e.uuid not in self.episodes}
+        if not new:
+            return []
         assert self._head is not None, "only inside `held`"
-        contract = store.contracts[episode.contract_sha256]
-        if contract.sha256 not in self._head.contracts:
-            evolve(self._repository, self.location, self._head, contract)
+        for digest in {e.contract_sha256 for e in new.values()} - self._head.contracts.keys():
+            evolve(self._repository, self.location, self._head, store.contracts[digest])
             self._head = read_head(self._repository, self.location)
-        segment = episode_segment(store, episode, self._head)
+        segments = [episode_segment(store, e, self._head) for e in new.values()]
+        row = self._head.rows
         self._head = commit(
-            self._repository, self.location, self._head, [segment], "copy", put=self._put
+            self._repository, self.location, self._head, segments, "copy", put=self._put
         )
-        self.episodes[episode.uuid] = Episode.from_json(self._head.table_tail[-1])
+        for uuid, episode in new.items():
+            self.episodes[uuid] = episode.replace(first_row=row, end_row=row + len(episode))
+            row += len(episode)
         self._lock.refresh()
-        return True
+        return list(new)
 
     def change(self, changed: Mapping[str, Episode]) -> None:
         """Rewrites rows of the table, by uuid, in one commit."""

@@ -2,7 +2,7 @@
 cheaply."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +282,7 @@ class FleetView:
         places: list[str] = []
         for prefix in self.prefixes:
             try:
-                places += self._find(prefix)
+                places += self._find(prefix, known)
             except StoreUnavailable as error:
                 self.problems[prefix] = error
         with ThreadPoolExecutor(self._threads) as pool:
@@ -311,10 +311,10 @@ class FleetView:
             self.problems[location] = error
             return None
 
-    def _find(self, prefix: str) -> list[str]:
+    def _find(self, prefix: str, known: Collection[str]) -> list[str]:
         if not is_url(prefix) and not Path(prefix).exists():
             raise NotAStore(f"{prefix}: no such folder; expected stores in or under it")
-        return list(find_stores(prefix))
+        return list(find_stores(prefix, known))
 
     @property
     def episodes(self) -> list[Episode]:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -310,10 +310,14 @@ def delete_many(store: Any, keys: list[str]) -> None:
     run(_delete_many(store, keys))
 
 
-def find_stores(prefix: str) -> Iterator[str]:
-    """Every store at or under a folder or S3 prefix, in order of name."""
+def find_stores(prefix: str, known: Collection[str] = ()) -> Iterator[str]:
+    """Every store at or under a folder or S3 prefix, in order of name.
+
+    Args:
+        known: stores that were found before; on S3 each of them costs no request.
+    """
     if is_url(prefix):
-        yield from _find_on_s3(prefix)
+        yield from _find_on_s3(prefix, known)
         return
     root = Path(prefix)
     if (root / "repo").is_file():
@@ -341,8 +345,9 @@ def s3_options() -> dict[str, Any]:
     }
 
 
-def _find_on_s3(prefix: str) -> Iterator[str]:
-    if repository_exists(prefix):
+def _find_on_s3(prefix: str, known: Collection[str]) -> Iterator[str]:
+    inside = {k for k in known if k.startswith(f"{prefix}/")}
+    if prefix in known or (not inside and repository_exists(prefix)):
         yield prefix
         return
     try:
@@ -364,6 +369,8 @@ def _find_on_s3(prefix: str) -> Iterator[str]:
             if "repo" in names:
                 yield f"s3://{bucket}/{here}"
             else:
-                pending += sorted(listed["common_prefixes"])
+                below = sorted(str(p).rstrip("/") for p in listed["common_prefixes"])
+                yield from (s for p in below if (s := f"s3://{bucket}/{p}") in inside)
+                pending += [p for p in below if f"s3://{bucket}/{p}" not in inside]
     except Exception as error:
         raise unavailable(prefix, error) from error

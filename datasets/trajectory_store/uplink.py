@@ -41,6 +41,8 @@ from trajectory_store.schema import Episode
 
 log = logging.getLogger(__name__)
 HEALTH_S = 1.0
+BATCH_BYTES, BATCH_EPISODES = 4 << 20, 32
+"""Episodes that wait go in one commit up to so many; a commit costs much the same for one."""
 LONGEST_PAUSE_S = 30.0
 """Between two attempts while DEST does not answer; the first pause is `poll_s`."""
 
@@ -266,14 +268,16 @@ class Route:
             log.warning("%s lost episodes that it had; they go again", self.health.dest)
             self._measure()
         here = {e.uuid: e for e in self._store.table}
-        for uuid in list(self._waits):
+        for batch in self._batches():
             if self._stop.is_set():
                 raise Stopped
-            if self._target.add(self._store, here[uuid]):
-                self.health.delivered += 1
+            added = self._target.add_all(self._store, [here[uuid] for uuid in batch])
+            if added:
+                self.health.delivered += len(added)
                 self.health.last_delivery_ns = time.time_ns()
-            self._journal.add(uuid, _labels(there[uuid]))
-            del self._waits[uuid]
+            for uuid in batch:
+                self._journal.add(uuid, _labels(there[uuid]))
+                del self._waits[uuid]
             self._count()
             self._tell(force=True)
         relabelled = self._relabelled()
@@ -283,6 +287,19 @@ class Route:
             self._target.change(differing)
         for uuid in relabelled:
             self._journal.add(uuid, _labels(here[uuid]))
+
+    def _batches(self) -> list[list[str]]:
+        """What waits, as commits: a large episode alone, small ones together."""
+        out: list[list[str]] = []
+        room = 0
+        for uuid in self._waits:
+            size = self._sizes[uuid]
+            if not out or size > room or len(out[-1]) == BATCH_EPISODES:
+                out.append([])
+                room = BATCH_BYTES
+            out[-1].append(uuid)
+            room -= size
+        return out
 
     def _put(self, session_store: Any, values: dict[str, bytes]) -> None:
         """Sends chunks, metadata first, at the pace of the bandwidth."""

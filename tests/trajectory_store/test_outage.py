@@ -147,6 +147,27 @@ def test_a_store_on_s3(s3, cameras, record, jpegs, depths, tick):
         Store("s3://fleet/cells/b")
 
 
+def test_looking_at_a_fleet_on_s3_again_costs_two_requests_a_store(s3, contract, record):
+    pytest.importorskip("obstore", reason="listing needs the s3 extra")
+
+    def store(name: str) -> str:
+        place = f"s3://fleet/cells/{name}"
+        with StoreWriter.create_or_open(place, contract) as writer:
+            record(writer, 5)
+        return place
+
+    places = [store("a"), store("b")]
+    view = ts.FleetView("s3://fleet/cells")
+    assert [s.location for s in view.stores] == places
+    before = s3.requests.total()
+    assert not view.refresh()
+    assert s3.requests.total() - before <= 2 * len(places) + 1
+    places.append(store("c"))
+    assert view.refresh()
+    assert [s.location for s in view.stores] == places
+    assert len(view.episodes) == 3
+
+
 @pytest.mark.parametrize("mode", ["cut", "swallow"])
 def test_a_lost_connection(s3, contract, record, tick, mode):
     writer = StoreWriter.create_or_open("s3://fleet/robot", contract, commit_interval_s=0.05)
