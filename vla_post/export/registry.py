@@ -276,7 +276,7 @@ class Registry:
         return gone
 
     def previous(self) -> int:
-        """The version to which a plain rollback leads.
+        """The version to which a plain rollback leads: the last that is whole and not rejected.
 
         Raises:
             RegistryError: nothing is active, or nothing was before.
@@ -294,12 +294,13 @@ class Registry:
             and entry["version"] < current["version"]
             and entry["version"] in there - refused
         ]
-        if not earlier:
-            raise RegistryError(
-                f"{self.location}: {version_name(current['version'])} is the first version that "
-                "was ever active, of those that are left and were not rejected; name another one"
-            )
-        return earlier[-1]
+        for number in reversed(earlier):
+            with contextlib.suppress(VersionDamaged):
+                return self.verify(number).number
+        raise RegistryError(
+            f"{self.location}: {version_name(current['version'])} is the first version that was "
+            "ever active, of those that are left, whole and not rejected; name another one"
+        )
 
     def history(self) -> list[dict[str, Any]]:
         """Every publish, promote and rollback, oldest first."""

@@ -62,6 +62,16 @@ def test_publish_promote_rollback(tmp_path: Path, contract: Contract):
     assert actions[-3:] == [("rollback", 1), ("publish", 3), ("promote", 3)]
 
 
+def test_a_rollback_passes_over_what_is_damaged(tmp_path: Path, contract: Contract):
+    registry = Registry(tmp_path / "registry")
+    for name in "abc":
+        registry.publish(checkpoint(tmp_path / name, contract), contract=contract)
+    (registry.path(2) / "model.safetensors").write_bytes(b"lost")
+    assert registry.previous() == 1
+    assert registry.rollback().number == 1
+    assert registry.rejected == [3]
+
+
 def test_what_is_not_there_is_named(tmp_path: Path, contract: Contract):
     registry = Registry(tmp_path / "registry")
     with pytest.raises(RegistryError, match="no version at all"):
