@@ -1,6 +1,8 @@
 """`vla-post policy`: bring lerobot's policies in, and look at checkpoints."""
 
-from dataclasses import dataclass
+import json
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,12 +93,45 @@ class Show:
             "frozen": ", ".join(policy.frozen) or "none",
             "lora": lora,
             "precision": policy.precision,
+            "guidance": "none (trained without an indicator)"
+            if policy.guidance is None
+            else f"beta {policy.guidance.beta:g}",
         }
         for name, value in lines.items():
             print(f"{name:<11} {value}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SetGuidance:
+    """A copy of a RECAP checkpoint that is asked for good actions more or less strongly."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    out: Path
+    """Checkpoint folder to write; published versions never change."""
+    beta: float
+    """1 asks for positive chunks; 1.5 to 2.5 moves further from the unasked policy, at twice the
+    network calls; 0 does not ask."""
+
+    def run(self) -> None:
+        from vla_post.policies.checkpoint import CARD, read_card
+        from vla_post.policies.indicator import Guidance
+
+        card = read_card(self.checkpoint)
+        if card.get("guidance") is None:
+            raise UserError(
+                f"{self.checkpoint}: trained without an indicator, so there is nothing to ask it "
+                "for; `vla-post train recap` trains with one"
+            )
+        if self.out.exists() and any(self.out.iterdir()):
+            raise UserError(f"--out {self.out}: the folder is not empty")
+        card["guidance"] = asdict(Guidance(beta=self.beta))
+        shutil.copytree(self.checkpoint, self.out, dirs_exist_ok=True)
+        (self.out / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+        print(self.out)
+
+
 policy_command = (
     Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[SetGuidance, tyro.conf.subcommand("guidance")]
 )

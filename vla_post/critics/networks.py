@@ -250,6 +250,8 @@ class ValueNet(nn.Module):
     ) -> None:
         super().__init__()
         self.bins = bins
+        self.card: dict[str, str] = {}
+        """What its learner wants to be stored with the weights."""
         outputs = 1 if bins is None else bins.count
         self.net = EnsembleMlp(1, inputs.flat, outputs, width, layers, True)
 

@@ -77,8 +77,9 @@ class PolicyCard(_Model):
     denoising_steps: int = Field(gt=0)
     takes_previous: bool
     """The graph can continue a running chunk: it has the inputs `previous` and `follow`."""
-    instructions: dict[str, dict[str, int | list[int]]]
-    """Instruction -> what the graph reads of it (tokens and mask, or a slot), int32."""
+    instructions: dict[str, dict[str, int | list[int] | list[list[int]]]]
+    """Instruction -> what the graph reads of it (tokens and mask, or a slot), int32; twice, for the
+    prompt that asks for positive chunks and the plain one, where a guided policy runs on both."""
     files: dict[str, str]
     """SHA-256 of every file beside this one."""
     parity: ParityCard

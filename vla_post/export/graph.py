@@ -4,6 +4,9 @@ Inputs are what the store holds, so a runtime binds the aligned observation as i
 vectors (B, D) float32 in robot units, pictures (B, height, width, 3) uint8. Outputs are chunks
 (B, H, A) in robot units. B batch, H chunk length, A action size, W width of the noise.
 
+A policy with an indicator (RECAP) whose guidance is not 1 runs every network twice in one pass, on
+the prompt that asks for positive chunks and on the plain one; beta is a constant of the graph.
+
 Flow policies also take the chunk that is being executed (`previous`, robot units) and how strongly
 to follow each of its rows (`follow`, 0 to 1); zeros mean a fresh chunk (`vla_post.policies.rtc`).
 """
@@ -15,12 +18,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vla_post.policies.indicator import extrapolated
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.policies.rtc import RtcConfig, Velocity, guided
 
 PREVIOUS, FOLLOW, NOISE, ACTION = "previous", "follow", "noise", "action"
 X, TIME, X_NEXT = "x", "time", "x_next"
 """Borders of the step graph: the chunk on its way from noise to data, and flow time."""
+
+
+def guidance_beta(policy: LeRobotPolicy) -> float | None:
+    """beta of a policy that runs twice, once on each prompt; None where one pass will do."""
+    if policy.guidance is None or policy.guidance.beta in (0.0, 1.0):
+        return None
+    return policy.guidance.beta
 
 
 def is_flow(policy: LeRobotPolicy) -> bool:
@@ -34,6 +45,7 @@ class Border(nn.Module):
     def __init__(self, policy: LeRobotPolicy, language: Sequence[str]) -> None:
         super().__init__()
         self.keys, self.language = tuple(policy.observation_keys), tuple(language)
+        self.twice = guidance_beta(policy) is not None
         self.size = policy.action_size
         self.padding = policy.noise_size - policy.action_size
         for number, key in enumerate(self.keys):
@@ -53,8 +65,11 @@ class Border(nn.Module):
             if tensor.dtype == torch.uint8:
                 value = tensor.to(torch.float32).movedim(-1, -3) / 255.0
             shift, scale = self.get_buffer(f"shift{number}"), self.get_buffer(f"scale{number}")
-            inputs[key] = (value - shift) * scale
+            value = (value - shift) * scale
+            inputs[key] = torch.cat([value, value]) if self.twice else value
         for name, tensor in zip(self.language, tensors[len(self.keys) :], strict=False):
+            if self.twice:  # (B, 2, ...): the prompt that asks, and the plain one
+                tensor = torch.cat([tensor[:, 0], tensor[:, 1]])
             inputs[name] = tensor != 0 if name.endswith("mask") else tensor.long()
         return inputs
 
@@ -82,13 +97,14 @@ class WholeGraph(nn.Module):
         self.module = policy.module
         self.border = Border(policy, language)
         self.head: Any = policy.head
-        self.flow = is_flow(policy)
+        self.flow, self.beta = is_flow(policy), guidance_beta(policy)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         context = self.head.encode(self.border.inputs(tensors))
         guide: Any = None
         if self.flow:
-            guide = _guide(self.border.to_network(tensors[-3]), self.border.weights(tensors[-2]))
+            previous, follow = self.border.to_network(tensors[-3]), self.border.weights(tensors[-2])
+            guide = _guide(previous, follow, self.beta)
         return self.border.to_robot(self.head.sample(context, tensors[-1][:, None], guide)[:, 0])
 
 
@@ -118,21 +134,27 @@ class StepGraph(nn.Module):
         self.module = policy.module
         self.border = Border(policy, language)
         self.head: Any = policy.head
-        self.rebuild = rebuild
+        self.rebuild, self.beta = rebuild, guidance_beta(policy)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         *context, previous, follow, x, time, dt = tensors
         context = self.rebuild(iter(context))
-        guide = _guide(self.border.to_network(previous), self.border.weights(follow))
+        previous, follow = self.border.to_network(previous), self.border.weights(follow)
+        guide = _guide(previous, follow, self.beta)
         field = guide(lambda x, time: self.head.velocity(context, x, time))
         x = x + field(x, time) * dt[:, None, None]
         return x, self.border.to_robot(x)
 
 
-def _guide(previous: Tensor, weights: Tensor) -> Callable[[Velocity], Velocity]:
+def _guide(previous: Tensor, weights: Tensor, beta: float | None) -> Callable[[Velocity], Velocity]:
     """In the form that needs no gradient, which a graph does not have."""
     config = RtcConfig(form="identity")
-    return lambda velocity: guided(velocity, previous, weights, config)
+
+    def guide(velocity: Velocity) -> Velocity:
+        field = velocity if beta is None else extrapolated(velocity, beta)
+        return guided(field, previous, weights, config)
+
+    return guide
 
 
 def flatten(context: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Any]]:

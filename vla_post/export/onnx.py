@@ -330,9 +330,9 @@ def _language(policy: LeRobotPolicy, probes: Sequence[Probe]) -> dict[str, dict[
     texts = dict.fromkeys(
         [task.instruction for task in policy.contract.tasks.values()] + [text for _, text in probes]
     )
-    made = {text: _language_inputs(policy, text, 0.0) for text in texts}
+    made = {text: _prompt_inputs(policy, text, 0.0) for text in texts}
     first = next(iter(texts))
-    moved = _language_inputs(policy, first, 1.0)
+    moved = _prompt_inputs(policy, first, 1.0)
     if any(not np.array_equal(made[first][name], moved[name]) for name in moved):
         raise ExportError(
             f"{policy.kind} writes the robot's state into its prompt, so the tokens change with "
@@ -345,6 +345,24 @@ def _language(policy: LeRobotPolicy, probes: Sequence[Probe]) -> dict[str, dict[
         return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, longest[name] - value.shape[-1])])
 
     return {text: {n: padded(n, v) for n, v in inputs.items()} for text, inputs in made.items()}
+
+
+def _prompt_inputs(policy: LeRobotPolicy, text: str, state: float) -> dict[str, np.ndarray]:
+    """(1, ...) of the prompt that the policy reads, or (1, 2, ...) where it reads two."""
+    prompts = [text]
+    if policy.guidance is not None:
+        prompts = [passed[0] for passed in policy.guidance.prompts([text])]
+    made = [_language_inputs(policy, prompt, state) for prompt in prompts]
+    if len(made) == 1:
+        return made[0]
+    both: dict[str, np.ndarray] = {}
+    for name in made[0]:
+        values = [inputs[name] for inputs in made]
+        if values[0].ndim > 1:  # tokens: one length for both; the mask hides the padding
+            longest = max(value.shape[-1] for value in values)
+            values = [np.pad(v, [(0, 0), (0, longest - v.shape[-1])]) for v in values]
+        both[name] = np.stack(values, axis=1)
+    return both
 
 
 def _language_inputs(policy: LeRobotPolicy, text: str, state: float) -> dict[str, np.ndarray]:

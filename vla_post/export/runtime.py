@@ -297,18 +297,21 @@ class TorchPolicy(LoadedPolicy):
 
     def reload(self, path: str | Path) -> None:
         """Copies the weights in place where kind, contract and statistics are the same."""
-        from vla_post.policies.lerobot_adapter import LeRobotPolicy, load_weights
+        from vla_post.policies.lerobot_adapter import LeRobotPolicy, load_weights, read_guidance
 
         path = Path(path)
         card = read_card(path)
+        guidance = read_guidance(card)
         same = (
             card["kind"] == self.policy.kind
+            and (guidance is None) == (self.policy.guidance is None)
             and card["contract_sha256"] == self.contract_sha256
             and card["statistics"] == _plain(self.policy.statistics)
         )
         if same:
             load_weights(self.policy.module, path)
             self.policy.module.eval()
+            self.policy.guidance = guidance
         else:
             self.policy = LeRobotPolicy.load(path)
             self.contract_sha256 = str(card["contract_sha256"])

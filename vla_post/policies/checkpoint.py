@@ -28,11 +28,13 @@ def write_card(
     contract: Contract,
     statistics: Mapping[str, Mapping[str, Any]],
     training: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the card beside a lerobot policy's own files.
 
     Args:
         training: what holds for whoever trains it next (frozen parts, adapters).
+        guidance: how a policy with an indicator acts (`indicator.py`).
     """
     card = {
         "format": FORMAT,
@@ -44,6 +46,7 @@ def write_card(
             for key, entry in statistics.items()
         },
         "training": dict(training or {}),
+        "guidance": None if guidance is None else dict(guidance),
         "versions": _versions("vla-post", "torch", "lerobot", "transformers"),
     }
     (folder / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")

@@ -29,9 +29,12 @@ from vla_post.policies import language
 from vla_post.policies.flow_math import euler, flow_loss, interpolate, target_velocity
 from vla_post.policies.flow_nets import Encoded, Eye, MlpHead, TransformerHead, keypoints
 from vla_post.policies.heads import FlowHead
+from vla_post.policies.indicator import Indicator, split_indicator
 
 TASK_INDEX = "observation.instruction_slot"
 """An input instead of the text: the number that `slot` gives to an instruction, (B,) int64."""
+INDICATOR_STRIDE = 1 << 20
+"""With an indicator, the number is the instruction's plus so many times the indicator's."""
 
 
 @PreTrainedConfig.register_subclass("chunk_flow")
@@ -61,6 +64,8 @@ class ChunkFlowConfig(PreTrainedConfig):
     """Numbers that the MLP head sees of a sentence vector."""
     instruction_slots: int = 64
     """With `hash`: two instructions may share a slot."""
+    advantage_indicator: bool = False
+    """Reads whether an action was better than expected (`indicator.py`), as RECAP trains it."""
     time_frequencies: int = 16
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -169,6 +174,8 @@ class ChunkFlowPolicy(PreTrainedPolicy):
                 config.attention_heads,
                 config.time_frequencies,
             )
+        if config.advantage_indicator:
+            self.add_indicator()
         self._slots = {language.clean(text): n for n, text in enumerate(config.instructions)}
         self._embedded: set[int] = set()
         self._more: list[Tensor] = []
@@ -178,6 +185,14 @@ class ChunkFlowPolicy(PreTrainedPolicy):
         """Fills the sentence vectors that the checkpoint keeps, where it has none yet."""
         for text in self.config.instructions:
             self.slot(text)
+
+    def add_indicator(self) -> None:
+        """A learned vector for each indicator, 0 at first: the policy stays what it was."""
+        self.config.advantage_indicator = True
+        text = self.config.instruction_slots if self.config.language == "hash" else language.SIZE
+        self.indicator = nn.Embedding(len(Indicator), text, padding_idx=int(Indicator.NONE))
+        nn.init.zeros_(self.indicator.weight)
+        self.indicator.to(self.device)
 
     # The observation, once ----------------------------------------------------------------------
 
@@ -218,6 +233,12 @@ class ChunkFlowPolicy(PreTrainedPolicy):
         Raises:
             NoSentenceEncoder: neither kept in the checkpoint nor can it be embedded here.
         """
+        if self.config.advantage_indicator:
+            instruction, indicator = split_indicator(instruction)
+            return self._slot(instruction) + INDICATOR_STRIDE * int(indicator)
+        return self._slot(instruction)
+
+    def _slot(self, instruction: str) -> int:
         text = language.clean(instruction)
         if self.config.language == "hash":
             digest = hashlib.sha256(text.encode()).digest()
@@ -235,6 +256,12 @@ class ChunkFlowPolicy(PreTrainedPolicy):
 
     def _said(self, slot: Tensor) -> Tensor:
         """(B, L) of slots (B,)."""
+        if self.config.advantage_indicator:
+            indicator = self.indicator(slot // INDICATOR_STRIDE)
+            return self._text(slot % INDICATOR_STRIDE) + indicator
+        return self._text(slot)
+
+    def _text(self, slot: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
         if self.config.language == "hash":
             return nn.functional.one_hot(slot, self.config.instruction_slots).to(dtype)

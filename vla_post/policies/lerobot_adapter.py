@@ -26,6 +26,7 @@ from vla_post.batch import Batch, Observation
 from vla_post.policies.checkpoint import CARD, CheckpointError, read_card, write_card
 from vla_post.policies.encoder import ObservationEncoder, observation_encoder
 from vla_post.policies.heads import Guide, UnsupportedPolicy, check_family, make_head
+from vla_post.policies.indicator import Guidance, Indicator, extrapolated, with_indicator
 from vla_post.policies.lora import LoraConfig, add_lora, merge_lora
 from vla_post.policies.pi_tiny import pi_parts
 from vla_post.policies.rtc import RtcConfig, guided, prefix_weights
@@ -57,6 +58,8 @@ class LeRobotPolicy:
 
     flow_samples: int = 1
     """Pairs of noise and time per item in `chunk_loss`; they share one encoder pass."""
+    last_loss: tuple[Tensor, Tensor] | None = None
+    """(loss, had any step to learn from), both (B,), of the last `chunk_loss`."""
 
     def __init__(
         self,
@@ -78,6 +81,8 @@ class LeRobotPolicy:
         self.horizon, self.action_size = self.head.horizon, self.head.action_size
         self.frozen: tuple[str, ...] = ()
         self.lora: LoraConfig | None = None
+        self.guidance: Guidance | None = None
+        """How it acts if it was trained with an indicator; None: it was not."""
         expected = (contract.chunk_horizon, contract.action.size)
         if (self.horizon, self.action_size) != expected:
             raise UnsupportedPolicy(
@@ -136,6 +141,7 @@ class LeRobotPolicy:
             lora=LoraConfig(**lora) if lora else None,
         )
         policy.freeze(settings.get("frozen", ()))
+        policy.guidance = read_guidance(card)
         return policy
 
     @classmethod
@@ -235,6 +241,7 @@ class LeRobotPolicy:
                 "frozen": list(self.frozen),
                 "lora": None if self.lora is None else asdict(self.lora),
             },
+            guidance=None if self.guidance is None else asdict(self.guidance),
         )
         return folder
 
@@ -287,6 +294,45 @@ class LeRobotPolicy:
         """Folds the adapters into the weights: a plain lerobot policy again, all of it training."""
         merge_lora(self.module)
         self.lora = None
+
+    def add_indicator(self, guidance: Guidance) -> None:
+        """Makes it a policy that is told whether an action was good, and asked for good ones.
+
+        Nothing changes for a `chunk_flow` until it is trained: its vectors are 0 at first.
+
+        Raises:
+            UnsupportedPolicy: it reads no instruction, or cuts the prompt before the indicator.
+        """
+        module: Any = self.module
+        if self.kind == "chunk_flow":
+            if not self.config.advantage_indicator:
+                module.add_indicator()
+        elif not self.can_continue:
+            raise UnsupportedPolicy(
+                f"{self.kind} reads no instruction, so it cannot be told what was good; take "
+                "chunk_flow, smolvla, pi0 or pi05"
+            )
+        else:
+            self._require_whole_prompts()
+        self.guidance = guidance
+
+    def _require_whole_prompts(self) -> None:
+        blank: dict[str, Any] = {
+            key: torch.zeros(1, *feature.shape, device=self.device)
+            for key, feature in self.config.input_features.items()
+        }
+        for text in {task.instruction for task in self.contract.tasks.values()}:
+            good, bad = (
+                self._inputs(blank, [with_indicator(text, indicator)])
+                for indicator in (Indicator.POSITIVE, Indicator.NEGATIVE)
+            )
+            tokens = "observation.language.tokens"
+            if torch.equal(good[tokens], bad[tokens]):
+                raise UnsupportedPolicy(
+                    f"the prompt of {text!r} with its indicator is longer than this {self.kind} "
+                    f"reads ({good[tokens].shape[1]} tokens): shorten the instruction, or raise "
+                    "tokenizer_max_length"
+                )
 
     @property
     def precision(self) -> Precision:
@@ -349,10 +395,12 @@ class LeRobotPolicy:
                 robot units: the new chunk continues it (`vla_post.policies.rtc`).
             delay: how many of these rows will have been executed when the new chunk arrives.
         """
+        size = len(instruction)
+        observation, instruction, beta = self._asked(observation, instruction)
         if previous is None:
             with torch.inference_mode():
                 context = self.encode(observation, instruction)
-                return self.sample(context, len(instruction), n_samples, noise=noise)
+                return self.sample(context, size, n_samples, noise=noise, beta=beta)
         if not self.can_continue:
             raise ValueError(
                 f"{self.kind} has no flow that could be led to continue a running chunk; act "
@@ -373,7 +421,19 @@ class LeRobotPolicy:
             )
             with self._computing():
                 context = self.head.encode(inputs)
-            return self.sample(context, len(instruction), n_samples, noise=noise, follow=follow)
+            return self.sample(context, size, n_samples, noise=noise, follow=follow, beta=beta)
+
+    def _asked(
+        self, observation: Observation, instruction: list[str]
+    ) -> tuple[Observation, list[str], float]:
+        """What the networks see: once, or twice where `beta` (then not 1) extrapolates."""
+        if self.guidance is None:
+            return observation, instruction, 1.0
+        prompts = self.guidance.prompts(instruction)
+        if len(prompts) == 1:
+            return observation, prompts[0], 1.0
+        twice = {key: torch.cat([value, value]) for key, value in observation.items()}
+        return twice, [*prompts[0], *prompts[1]], self.guidance.beta
 
     def sample(
         self,
@@ -383,22 +443,25 @@ class LeRobotPolicy:
         *,
         noise: Float[Tensor, "B n H W"] | None = None,
         follow: tuple[Tensor, Tensor, RtcConfig] | None = None,
+        beta: float = 1.0,
     ) -> Float[Tensor, "B n H A"]:
         """Chunks from noise, in robot units; the context stays usable.
 
         Args:
             follow: (previous (B, H, W), weights (H, W), config) of `vla_post.policies.rtc`.
+            beta: other than 1 extrapolates from a context of 2 B items (`indicator.extrapolated`).
         """
         shape = (batch_size, n_samples, self.horizon, self.noise_size)
         if noise is None:
             noise = torch.randn(shape, device=self.device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
-        guide: Guide | None = None
+        guide: Guide | None = None if beta == 1.0 else partial(extrapolated, beta=beta)
         if follow is not None:
             previous, weights, rtc = follow
             previous = previous.repeat_interleave(n_samples, dim=0)
-            guide = partial(guided, previous=previous, weights=weights.to(previous), config=rtc)
+            lead = partial(guided, previous=previous, weights=weights.to(previous), config=rtc)
+            guide = lead if guide is None else _in_turn(guide, lead)
         with self._computing():
             action = self.head.sample(context, noise, guide)
         action = self.unnormalise(action.float().flatten(0, 1))
@@ -430,7 +493,9 @@ class LeRobotPolicy:
         time = time.reshape(noise.shape[:2])
         with self._computing():
             context = self.head.encode(inputs)
-            return self.head.loss(context, action, batch.valid, noise, time).float().mean(dim=1)
+            loss = self.head.loss(context, action, batch.valid, noise, time).float().mean(dim=1)
+        self.last_loss = loss.detach(), batch.valid.any(dim=1)
+        return loss
 
     def features(self, observation: Observation, instruction: list[str]) -> Float[Tensor, "B F"]:
         """What the policy's own encoder says of the observation, for critics and scorers."""
@@ -452,6 +517,16 @@ class LeRobotPolicy:
         if action is not None:
             batch["action"] = action
         return self.preprocess(batch)
+
+
+def read_guidance(card: Mapping[str, Any]) -> Guidance | None:
+    """How the policy of a checkpoint's card acts with its indicator; None without one."""
+    found = card.get("guidance")
+    return None if found is None else Guidance(**found)
+
+
+def _in_turn(first: Guide, second: Guide) -> Guide:
+    return lambda velocity: second(first(velocity))
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -19,6 +19,7 @@ ALGORITHMS = {
     "aloe": "vla_post.learners.aloe:AloeConfig",
     "awr": "vla_post.learners.awr:AwrConfig",
     "uni-o4": "vla_post.learners.uni_o4.chunk:UniO4ChunkConfig",
+    "recap": "vla_post.learners.recap:RecapConfig",
     "ptr": "vla_post.learners.ptr:PtrConfig",
     "ptr-hg-dagger": "vla_post.learners.ptr:PtrHgDaggerConfig",
 }
