@@ -15,16 +15,18 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trajectory_store import ChunkBatch, ChunkSampler, FleetView, NotAStore, StoreUnavailable
 from vla_post.batch import Batch, NonFiniteLoss
 from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import SCORES, RegistryUnavailable, open_registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
+from vla_post.training.adaptive import AdaptiveConfig, AdaptiveSampler, LossWindows
 from vla_post.training.data import mixture, rows_by
+from vla_post.training.freshness import Freshness
 from vla_post.training.gate import Judge, compare, require_judge
 from vla_post.training.metrics import MetricsLog
 from vla_post.training.operation import operation
@@ -54,6 +56,10 @@ class LearnerConfig:
     train: TrainConfig
     online_share: float = 0.5
     """Share of what robots recorded in each batch, once there is any; the rest: demonstrations."""
+    mixing: Literal["fixed", "adaptive"] = "fixed"
+    """`fixed` keeps to `online_share`; `adaptive` is SOP's: tasks alike, and within each task as
+    much of what robots recorded as its loss asks for."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     publish_s: float = 10.0
     """Wall time between versions, at least."""
     publish_updates: int = 50
@@ -126,13 +132,19 @@ class LearnerProcess:
         """Batch mode: updates until this round is over."""
         self._trained_episodes = 0
         """Batch mode: finished episodes when the last round began."""
+        self._windows = LossWindows(config.adaptive)
+        self._freshness = Freshness()
         if resuming:
             extra = self.trainer.resume(self._state)
+            self._windows.load_state_dict(extra.get("windows", {"kept": []}))
+            self._freshness = Freshness(int(extra.get("saved_ns", 0)))
+            for version in self.registry.versions():
+                self._freshness.published(version.number, version.created_ns / 1e9)
             self._drawn, self._parent = float(extra["drawn"]), extra["parent"]
             self._published_at = self.trainer.updates
             self._round_left = int(extra.get("round_left", 0))
             self._trained_episodes = int(extra.get("trained_episodes", 0))
-        self._sampler: ChunkSampler | None = None
+        self._sampler: ChunkSampler | AdaptiveSampler | None = None
         self._online: FleetView | None = None
         self._away = ""
         """What did not answer the last time."""
@@ -174,7 +186,7 @@ class LearnerProcess:
             if config.max_updates and self.trainer.updates >= config.max_updates:
                 break
             if time.monotonic() - self._looked >= config.refresh_s:
-                self._look()
+                self._look(metrics)
             if not self._may_learn():
                 self.stop.wait(config.refresh_s / 4)
                 waited_s += config.refresh_s / 4
@@ -189,10 +201,19 @@ class LearnerProcess:
             row = self.trainer.step(chunk, save_bad_batch=bad)
             online = int((chunk.part > 0).sum())
             self._drawn += online
+            mix: dict[str, float] = {}
+            if isinstance(self._sampler, AdaptiveSampler):
+                mix = {f"mix/{name}": round(v, 4) for name, v in self._sampler.shares().items()}
+                losses = self.trainer.item_losses()
+                if losses is not None:
+                    self._sampler.learned(chunk, *losses)
+            for found in self._freshness.drew(chunk):
+                metrics.write(found)
             metrics.write(
                 {
                     "update": self.trainer.updates,
                     **row,
+                    **mix,
                     "online_share": online / len(chunk),
                     "online_rows": self._rows,
                     "load_s": round(loaded - started, 4),
@@ -228,14 +249,14 @@ class LearnerProcess:
             log.warning("waiting: %s", error)
         self._away = str(error)
 
-    def _look(self) -> None:
+    def _look(self, metrics: MetricsLog) -> None:
         """Sees what robots have finished recording since the last time."""
         try:
-            self._see()
+            self._see(metrics)
         except StoreUnavailable as error:
             self._is_away(error)
 
-    def _see(self) -> None:
+    def _see(self, metrics: MetricsLog) -> None:
         self._looked = time.monotonic()
         self.looks += 1
         if self.config.online is None:
@@ -250,6 +271,9 @@ class LearnerProcess:
             found = True
         else:
             found = self._online.refresh()
+        if found:
+            for row in self._freshness.saw(self._online.episodes, self._parent):
+                metrics.write(row)
         rows = rows_by(self._online, self.needs.sources) if found else self._rows
         if rows == self._rows:
             return
@@ -263,16 +287,31 @@ class LearnerProcess:
         except Unrewarded as error:
             log.info("waiting: %s", error)
 
-    def _mixture(self) -> ChunkSampler:
+    def _mixture(self) -> ChunkSampler | AdaptiveSampler:
+        config = self.config
+        demonstrations = FleetView(config.demonstrations)
+        size, keys = config.train.batch_size, self.policy.observation_keys
+        seed = config.train.seed * 1_000_003 + self.trainer.updates
+        if config.mixing == "adaptive":
+            return AdaptiveSampler(
+                demonstrations,
+                self._online,
+                self.contract,
+                self._windows,
+                batch_size=size,
+                needs=self.needs,
+                seed=seed,
+                keys=keys,
+            )
         return mixture(
-            FleetView(self.config.demonstrations),
+            demonstrations,
             self._online,
             self.contract,
-            batch_size=self.config.train.batch_size,
-            online_share=self.config.online_share,
+            batch_size=size,
+            online_share=config.online_share,
             needs=self.needs,
-            seed=self.config.train.seed * 1_000_003 + self.trainer.updates,
-            keys=self.policy.observation_keys,
+            seed=seed,
+            keys=keys,
         )
 
     def _may_learn(self) -> bool:
@@ -311,6 +350,7 @@ class LearnerProcess:
                 self.config.start, contract=self.contract, metrics={"note": "start"}
             )
         self._parent = active.number
+        self._freshness.published(active.number, active.created_ns / 1e9)
 
     def _save(self) -> None:
         """What `resume` needs; there whole, also if this process is killed meanwhile."""
@@ -319,6 +359,8 @@ class LearnerProcess:
         self.trainer.save(
             new,
             {
+                "saved_ns": time.time_ns(),
+                "windows": self._windows.state_dict(),
                 "drawn": self._drawn,
                 "parent": self._parent,
                 "round_left": self._round_left,
@@ -358,6 +400,7 @@ class LearnerProcess:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._parent = version.number
+        self._freshness.published(version.number)
         self._published_at, self._published_s = self.trainer.updates, time.monotonic()
         self._save()  # a learner that is killed goes on from its last version
         told = {key: version.metrics[key] for key in SCORES if key in version.metrics}

@@ -70,6 +70,7 @@ class Trainer:
         batch = batch.replace(observation=shifted)
         for module in (self.policy.module, *self.learner.modules.values()):
             module.train()
+        self.policy.last_loss = None
         try:
             metrics = self.learner.update(batch)
         except NonFiniteLoss as error:
@@ -79,6 +80,14 @@ class Trainer:
             raise NonFiniteLoss(f"{error}; it is in {save_bad_batch}") from None
         self.ema.update(self.policy.module)
         return metrics
+
+    def item_losses(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(loss, had anything to learn from), both (B,), of the items of the last step; None if it
+        trained a critic alone."""
+        if self.policy.last_loss is None:
+            return None
+        loss, counted = self.policy.last_loss
+        return loss.cpu().numpy(), counted.cpu().numpy()
 
     def save_policy(self, folder: Path) -> Path:
         """A checkpoint with the averaged weights, the one to run, and the learner's networks."""
