@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from vla_post.export.card import policy_contract
 from vla_post.export.registry import open_registry, parse_version
 
 if TYPE_CHECKING:
-    pass
+    from sim.rollout import Case, Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,17 @@ class Evaluate:
     frames: Path | None = None
     """Write pictures of one episode that changed from failure to success (npz)."""
     threads: int = 1
+    ray: str = ""
+    """Spread the episodes over a Ray cluster: its address (`auto`, HOST:PORT, ray://HOST:PORT), or
+    `local` for one on this machine (extra `ray`). Checkpoints must be visible on all machines."""
+    shards: int = 0
+    """With --ray: how many tasks share the episodes; 0: one for each CPU of the cluster."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"episodes is {self.episodes}; it must be at least 1")
+        if self.shards < 0 or (self.shards and not self.ray):
+            raise ValueError(f"shards is {self.shards}; it splits what --ray plays, or is 0")
 
     def run(self) -> None:
         folders = self._folders()
@@ -56,6 +63,8 @@ class Evaluate:
             seed=self.seed,
             threads=self.threads,
             frames=self.frames,
+            ray=self.ray,
+            shards=self.shards,
         )
         if self.out is not None:
             self.out.write_text(json.dumps(outcome, indent=2) + "\n")
@@ -91,23 +100,25 @@ def evaluate(
     seed: int,
     threads: int = 1,
     frames: Path | None = None,
+    ray: str = "",
+    shards: int = 0,
 ) -> dict[str, Any]:
     """Runs every case with every policy; see `Evaluate`.
+
+    Noise comes from each scene's seed, so how the cases are spread changes no outcome.
 
     Returns:
         `policies`, `tasks` {task: {policy: [outcomes]}}, and with two policies `paired`
         {task or "all": PairedResult.to_dict()}.
     """
-    from sim.rollout import Case, Result, rollout
+    from sim.rollout import Case
     from vla_post.evaluation.paired import PairedResult, wilson_interval
-    from vla_post.export.runtime import load_policy
 
     contract = _common_contract(folders)
     names = list(folders)
     chosen = list(tasks) or list(contract.tasks)
     for task in chosen:
         contract.task(task)
-    policies = {n: load_policy(p, threads=threads).act_batch for n, p in folders.items()}
     cases = [
         Case(task, seed + number, name)
         for number in range(episodes)
@@ -116,13 +127,19 @@ def evaluate(
     ]
     done = 0
 
-    def count(_: Result) -> None:
+    def count(number: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += number
         if sys.stderr.isatty():
             print(f"\r{done}/{len(cases)} episodes", end="", file=sys.stderr, flush=True)
 
-    results = rollout(policies, contract, cases, on_result=count)
+    if ray:
+        from vla_post.cli.ray_cluster import spread
+
+        play = spread(ray, shards or None)
+        results = play(_play, cases, (dict(folders), threads), on_done=count)
+    else:
+        results = _play(cases, folders, threads, on_result=lambda _: count())
     if sys.stderr.isatty():
         print(file=sys.stderr)
     by_task: dict[str, dict[str, list[bool]]] = {t: {n: [] for n in names} for t in chosen}
@@ -158,8 +175,27 @@ def evaluate(
         outcome["paired"] = {task: pair.to_dict() for task, pair in pairs.items()}
         outcome["paired"]["all"] = pooled.to_dict()
         if frames is not None:
-            _film(frames, policies, contract, names, by_task, seed)
+            _film(frames, _load(folders, threads), contract, names, by_task, seed)
     return outcome
+
+
+def _load(folders: Mapping[str, Path], threads: int) -> dict[str, Any]:
+    from vla_post.export.runtime import load_policy
+
+    return {n: load_policy(p, threads=threads).act_batch for n, p in folders.items()}
+
+
+def _play(
+    cases: "Sequence[Case]",
+    folders: Mapping[str, Path],
+    threads: int,
+    on_result: "Callable[[Result], None] | None" = None,
+) -> "list[Result]":
+    """One result per case, in their order."""
+    from sim.rollout import rollout
+
+    contract = _common_contract(folders)
+    return rollout(_load(folders, threads), contract, cases, on_result=on_result)
 
 
 def as_table(outcome: Mapping[str, Any]) -> str:

@@ -1,14 +1,16 @@
 """`vla-post fleet`: several simulated cells and a few scripted operators on this machine."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup
-from robot_bridge.fleet import FleetConfig, fleet_nodes
+from robot_bridge.fleet import HIGHEST_DOMAIN, FleetConfig, fleet_nodes
 from trajectory_store.contract import load_contract
 from vla_post.cli.contract import path_of
 from vla_post.cli.errors import UserError
@@ -46,8 +48,19 @@ class Fleet:
     """Record every topic of each cell as MCAP files, too (FOLDER/bags)."""
     folder: Path = Path("runs/fleet")
     """Gets stores, events, logs and fleet.json."""
+    ray: str = ""
+    """Spread the cells over a Ray cluster: its address (`auto`, HOST:PORT, ray://HOST:PORT), or
+    `local` for one on this machine (extra `ray`). FOLDER, registry and policy must be visible on
+    all machines."""
+    shards: int = 1
+    """With --ray: into how many fleets, each on one machine with its own ROS domain, the cells and
+    operators are divided; an operator attends the cells of one of them. Data goes to
+    FOLDER/shard_K/stores/CELL, so FOLDER is what a learner follows."""
 
     def run(self) -> None:
+        if self.ray:
+            self._spread()
+            return
         contract = path_of(self.contract)
         if not load_contract(contract).sim:
             raise UserError(f"{contract}: no simulated cell (it has no `sim` section)")
@@ -98,6 +111,46 @@ class Fleet:
         (self.folder / "fleet.json").write_text(json.dumps(card, indent=2) + "\n")
         _show(card)
 
+    def _spread(self) -> None:
+        from vla_post.cli.ray_cluster import spread
+
+        if not 1 <= self.shards <= self.cells:
+            raise UserError(f"{self.shards} shards of {self.cells} cells; at least one cell each")
+        if 0 < self.operators < self.shards:
+            raise UserError(f"{self.operators} operators for {self.shards} shards; one each")
+        if self.first_domain is not None:
+            raise UserError("--ray gives every shard a ROS domain of its own; drop --first-domain")
+        path_of(self.contract)
+        begun = time.monotonic()
+        parts = [self._part(k) for k in range(self.shards)]
+        cards = spread(self.ray, self.shards)(_play_shard, parts)
+        table = {
+            f"shard_{k}/{name}": row for k, one in enumerate(cards) for name, row in one.items()
+        }
+        card: dict[str, object] = {"wall_s": round(time.monotonic() - begun, 1), "cells": table}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "fleet.json").write_text(json.dumps(card, indent=2) + "\n")
+        _show(card)
+
+    def _part(self, k: int) -> tuple[list[str], Path, int]:
+        """(words of `vla-post fleet`, folder, ROS domain) of the k-th shard."""
+
+        def share(total: int) -> int:
+            return (k + 1) * total // self.shards - k * total // self.shards
+
+        folder = self.folder / f"shard_{k}"
+        words = ["--contract", str(path_of(self.contract)), "--folder", str(folder)]
+        words += ["--cells", str(share(self.cells)), "--operators", str(share(self.operators))]
+        words += ["--episodes", str(self.episodes), "--backend", self.backend]
+        # Cells of one fleet are 10,000 seeds apart.
+        words += ["--seed", str(self.seed + 10_000 * (k * self.cells // self.shards))]
+        words += ["--real-time-factor", str(self.real_time_factor)]
+        words += ["--drive"] if self.drive else []
+        for name, path in (("--registry", self.registry), ("--policy", self.policy)):
+            words += [] if path is None else [name, str(path)]
+        first = int(os.environ.get("ROS_DOMAIN_ID", "1"))
+        return words, folder, 1 + (first - 1 + k) % HIGHEST_DOMAIN
+
     def _watch(self, group: ProcessGroup, playing: set[str]) -> None:
         while playing:
             for ended in group.poll():
@@ -109,6 +162,24 @@ class Fleet:
                         + group.last_words(ended.name)
                     )
             time.sleep(0.1)
+
+
+def _play_shard(parts: list[tuple[list[str], Path, int]]) -> list[dict[str, Any]]:
+    """On a worker: each part as a fleet of its own, which ends with the worker."""
+    rows: list[dict[str, Any]] = []
+    for words, folder, domain in parts:
+        command = [sys.executable, "-m", "robot_bridge.child", str(os.getpid())]
+        done = subprocess.run(
+            [*command, "vla_post.cli.main", "fleet", *words],
+            env=os.environ | {"ROS_DOMAIN_ID": str(domain)},
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+        )
+        if done.returncode:
+            raise UserError(f"{folder.name}: {(done.stderr or done.stdout).strip()[-2000:]}")
+        rows.append(json.loads((folder / "fleet.json").read_text())["cells"])
+    return rows
 
 
 def _lines(path: Path) -> int:
