@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vla_post import parallel
 from vla_post.batch import Observation
 
 
@@ -19,7 +20,11 @@ def random_shift(
         return image
     size, _, height, width = image.shape
     padded = torch.nn.functional.pad(image, (pixels,) * 4, mode="replicate")
-    down, right = torch.randint(0, 2 * pixels + 1, (2, size), generator=generator)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randint(0, 2 * pixels + 1, (2, rows), generator=generator).T
+
+    down, right = parallel.share(draw, size).T
     rows = (down[:, None] + torch.arange(height)).to(image.device)
     columns = (right[:, None] + torch.arange(width)).to(image.device)
     item = torch.arange(size, device=image.device)[:, None, None]

@@ -122,6 +122,7 @@ class ChunkSampler:
         valid_sources: Sequence[Source] | None = None,
         replacement: bool = True,
         missing: Literal["error", "skip"] = "error",
+        shard: tuple[int, int] = (0, 1),
         workers: int = 0,
         prefetch: int = 2,
         cache_bytes: int = 256 << 20,
@@ -142,6 +143,8 @@ class ChunkSampler:
             valid_sources: `valid` only where one of these commanded (HG-DAgger: HUMAN).
             replacement: False goes through every start tick once per epoch, in a random order.
             missing: what to do about episodes that lack one of `keys`.
+            shard: (k, n) loads only the k-th of n equal slices of every batch. Samplers that differ
+                in nothing else draw the same batches, so n processes load one batch together.
             workers: threads that load ahead; 0 loads when asked. The sequence is the same.
             prefetch: batches kept ready per worker.
             cache_bytes: bound on cached columns (ticks, not images).
@@ -161,6 +164,13 @@ class ChunkSampler:
                 f"backup is {backup}; expected between 1 and the horizon, {horizon}: the next "
                 "observation lies at the end of the chunk or before"
             )
+        number, shards = shard
+        if not 0 <= number < shards or batch_size % shards:
+            raise StoreError(
+                f"shard is {shard} of batches of {batch_size}; expected (k, n) with k below n, and "
+                "batches that n divides"
+            )
+        self._slice = slice(number * batch_size // shards, (number + 1) * batch_size // shards)
         if future < 0:
             raise StoreError(f"future is {future}; expected a number of steps, or 0 for none")
         if isinstance(data, (FleetView, Store)) or not any(isinstance(d, Part) for d in data):
@@ -195,12 +205,22 @@ class ChunkSampler:
 
     def __next__(self) -> ChunkBatch:
         if self._pool is None:
-            return self._load(self._draws.next(self.batch_size))
+            position = self._draws.position()
+            try:
+                return self._load(self._draw())
+            except StoreError:
+                self._draws.go(position)  # a store that does not answer just now: the same again
+                raise
         while len(self._queue) <= self._ahead:
-            state, draw = self._draws.position(), self._draws.next(self.batch_size)
+            state, draw = self._draws.position(), self._draw()
             self._queue.append((state, self._pool.submit(self._load, draw)))
         _, future = self._queue.popleft()
         return future.result()
+
+    def _draw(self) -> Draw:
+        """Item numbers of this shard's slice of the next batch."""
+        d, mine = self._draws.next(self.batch_size), self._slice
+        return Draw(d.store[mine], d.episode[mine], d.row[mine], d.part[mine])
 
     def close(self) -> None:
         """Ends the threads."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, cast
 
 import tyro
 
+from vla_post import parallel
 from vla_post.cli.errors import UserError
 from vla_post.training.algorithms import subcommands
 from vla_post.training.learner import LearnerConfig, run_until_stopped
@@ -22,6 +23,9 @@ class LearnerRun:
     """
 
     config: Annotated[LearnerConfig, tyro.conf.arg(name="")]
+    processes: int = 1
+    """Train with so many processes of this machine, each on its slice of every batch. On several
+    machines, start the same command with torchrun instead."""
 
     def run(self) -> None:
         for name in ("start", "demonstrations"):
@@ -31,7 +35,8 @@ class LearnerRun:
         stop = StopRequest()
         stop.listen()
         stop.loading = False
-        status = run_until_stopped(self.config, stop)
+        with parallel.together(self.processes):
+            status = run_until_stopped(self.config, stop)
         if status:
             raise SystemExit(status)
 

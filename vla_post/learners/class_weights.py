@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from trajectory_store import Source
+from vla_post import parallel
 
 
 class Segment(IntEnum):
@@ -89,6 +90,7 @@ class RunningShares:
     def update(self, classes: Integer[Tensor, " N"]) -> Float[Tensor, " C"]:
         """Counts the classes of a batch, and returns the shares."""
         new = torch.bincount(classes.cpu(), minlength=len(self.counts)).double()
+        new = parallel.total(new)
         self.counts = self.keep * self.counts + new
         return (self.counts / self.counts.sum().clamp(min=1e-12)).float()
 

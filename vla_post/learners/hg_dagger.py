@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from trajectory_store import NO_TAKEOVER, Contract, Source
+from vla_post import parallel
 from vla_post.batch import Batch, DataNeeds, Metrics, Policy
 from vla_post.learners.class_weights import (
     RunningShares,
@@ -98,7 +99,7 @@ def hg_dagger_loss(
         weight: of each item, such as its class weight; 1 is plain HG-DAgger.
     """
     effective = weight * imitated.any(dim=1)
-    loss = (effective * chunk_loss).sum() / effective.sum().clamp(min=1e-8)
+    loss = (effective * chunk_loss).sum() / parallel.mean(effective.sum()).clamp(min=1e-8)
     return loss, {
         "imitated_share": float(imitated.float().mean()),
         "effective_share": effective_sample_size(effective),

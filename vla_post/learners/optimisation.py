@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vla_post import parallel
 from vla_post.batch import Algorithm, Metrics, NonFiniteLoss
 
 
@@ -35,7 +36,10 @@ class GradientAlgorithm(Algorithm):
 
 
 class GuardedAdamW:
-    """AdamW that checks loss and gradient before it changes anything."""
+    """AdamW that checks loss and gradient before it changes anything.
+
+    With several processes it steps along the mean of their gradients.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: GradientAlgorithm) -> None:
         self.parameters = list(parameters)
@@ -57,6 +61,8 @@ class GuardedAdamW:
         """
         self.adamw.zero_grad()
         loss.backward()
+        parallel.average_gradients(self.parameters)
+        loss = parallel.mean(loss)
         norm = self.clip()
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteLoss(

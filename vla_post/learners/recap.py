@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trajectory_store import Contract, Source
+from vla_post import parallel
 from vla_post.batch import Batch, DataNeeds, Metrics, Policy
 from vla_post.critics.bins import Bins
 from vla_post.critics.build import build_encoder, longest_steps
@@ -54,6 +55,7 @@ from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
 from vla_post.learners.weighting import commanded_steps, weighted_flow_loss
 from vla_post.policies.indicator import Guidance, Indicator, with_indicator
 
+OTHERS = "(other instructions)"
 VALUE_FILE = "value.safetensors"
 """Beside the weights of the policy, in each published version."""
 
@@ -201,24 +203,32 @@ def step_indicators(
 
 
 class RunningThresholds:
-    """The last advantages of each task, and their threshold."""
+    """The last advantages of each task, and their threshold.
 
-    def __init__(self, share: float, window: int) -> None:
-        self.share, self.window = share, window
+    Args:
+        tasks: names; an item's task is an index into them.
+    """
+
+    def __init__(self, tasks: Sequence[str], share: float, window: int) -> None:
+        self.tasks, self.share, self.window = list(tasks), share, window
         self.kept: dict[str, Tensor] = {}
 
     def update(
-        self, task: Sequence[str], advantage: Float[Tensor, " B"], counted: Bool[Tensor, " B"]
+        self,
+        task: Integer[Tensor, " B"],
+        advantage: Float[Tensor, " B"],
+        counted: Bool[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
         """Takes in the counted items of a batch; returns the threshold of each item's task."""
         out = torch.zeros_like(advantage)
-        for name in dict.fromkeys(task):
-            mine = torch.tensor([t == name for t in task], device=advantage.device)
-            new = advantage[mine & counted].float().cpu()
+        tasks, values, counts = (parallel.gather(x) for x in (task, advantage, counted))
+        for number in tasks.unique().tolist():
+            name = self.tasks[number]
+            new = values[(tasks == number) & counts].float().cpu()
             known = torch.cat([self.kept.get(name, new[:0]), new])[-self.window :]
             self.kept[name] = known
             if len(known):
-                out[mine] = threshold(known, self.share).to(out)
+                out[task == number] = threshold(known, self.share).to(out)
         return out
 
 
@@ -240,14 +250,19 @@ class Recap:
         self.policy, self.value, self.encoder, self.config = policy, value, encoder, config
         hz = contract.control_hz
         self.horizon_steps = config.steps(contract)
-        self.longest = {t.instruction: hz * t.time_limit_s for t in contract.tasks.values()}
-        """Control steps of each task's longest episode, by its instruction."""
-        self.longest_of_all = longest_steps(contract)
+        longest = {t.instruction: hz * t.time_limit_s for t in contract.tasks.values()}
+        # Instructions that the contract does not know share the last place.
+        longest[OTHERS] = longest_steps(contract)
+        self.places = {text: number for number, text in enumerate(longest)}
+        self.longest = torch.tensor(list(longest.values()), dtype=torch.float32)
+        """Control steps of the longest episode of each task."""
         self.optimizer = GuardedAdamW(parameters, config)
         self.value_optimizer = GuardedAdamW(
             list(value.parameters()), GradientAlgorithm(learning_rate=config.value_learning_rate)
         )
-        self.thresholds = RunningThresholds(config.positive_share, config.threshold_window)
+        self.thresholds = RunningThresholds(
+            list(longest), config.positive_share, config.threshold_window
+        )
         self.rate_scale = 1.0
         self.value_only = 0
         self._describe()
@@ -287,7 +302,7 @@ class Recap:
     def improve(self, batch: Batch) -> Metrics:
         """One step of the policy on chunks and their indicators (Eq. R8)."""
         indicator, steps, told = self.label(batch)
-        dropped = torch.rand(len(batch)) < self.config.indicator_dropout
+        dropped = parallel.share(torch.rand, len(batch)) < self.config.indicator_dropout
         shown = torch.where(dropped, int(Indicator.NONE), indicator.cpu()).tolist()
         prompts = [
             with_indicator(text, Indicator(which))
@@ -307,7 +322,7 @@ class Recap:
             batch.source[:, 0] == int(Source.SCRIPTED)
         )
         judged = known & ~human & ~demonstration
-        eps = self.thresholds.update(batch.instruction, advantage, judged)
+        eps = self.thresholds.update(self._task(batch), advantage, judged)
         better = torch.where(advantage > eps, int(Indicator.POSITIVE), int(Indicator.NEGATIVE))
         better = torch.where(known, better, int(Indicator.NONE))
         indicator, steps = step_indicators(better, batch.source, demonstration)
@@ -350,8 +365,14 @@ class Recap:
         return recap_return(left, outcome, longest, self.config.failure_cost), outcome != 0
 
     def _longest(self, batch: Batch) -> Float[Tensor, " B"]:
-        steps = [self.longest.get(text, self.longest_of_all) for text in batch.instruction]
-        return torch.tensor(steps, dtype=torch.float32, device=batch.weight.device)
+        task = self._task(batch)
+        return self.longest.to(task.device)[task]
+
+    def _task(self, batch: Batch) -> Integer[Tensor, " B"]:
+        """Not `Batch.task`, whose numbers change with what the stores hold."""
+        others = self.places[OTHERS]
+        places = [self.places.get(text, others) for text in batch.instruction]
+        return torch.tensor(places, device=batch.weight.device)
 
     # State --------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from trajectory_store import Contract
+from vla_post import parallel
 from vla_post.batch import Batch, Metrics, NonFiniteLoss, Observation, Policy
 from vla_post.learners.weighting import effective_sample_size
 
@@ -342,6 +343,7 @@ class TransitionScorer(nn.Module):
             )
         self.optimizer.zero_grad()
         loss.backward()
+        parallel.average_gradients(list(self.net.parameters()))
         self.optimizer.step()
         self._follow()
         self._push(target, present, batch.task, scores.has_future)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from trajectory_store import Source
+from vla_post import parallel
 from vla_post.batch import Metrics
 
 
@@ -69,7 +70,8 @@ def weighted_flow_loss(
     Divided by their number and not by the sum of the weights, so that weights of 1 are plain
     cloning; the mean weight then scales the step, which AdamW undoes, and is logged.
     """
-    return (torch.where(real, weight * chunk_loss, 0.0)).sum() / real.sum().clamp(min=1)
+    count = parallel.mean(real.float().sum())
+    return (torch.where(real, weight * chunk_loss, 0.0)).sum() / count.clamp(min=1e-8)
 
 
 def commanded_steps(
@@ -96,6 +98,7 @@ class RunningScale:
     def update(self, advantage: Float[Tensor, " B"]) -> float:
         """Takes in a batch and returns the scale; the first batches count fully."""
         self.seen += 1
+        advantage = parallel.gather(advantage)
         keep = min(self.keep, 1.0 - 1.0 / self.seen)
         self.square = keep * self.square + (1.0 - keep) * float(advantage.var(correction=0))
         return max(self.square**0.5, 1e-6)

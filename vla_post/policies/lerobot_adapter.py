@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trajectory_store.contract import Contract, parse_contract
+from vla_post import parallel
 from vla_post.batch import Batch, Observation
 from vla_post.policies.checkpoint import CARD, CheckpointError, read_card, write_card
 from vla_post.policies.encoder import ObservationEncoder, observation_encoder
@@ -453,7 +454,9 @@ class LeRobotPolicy:
         """
         shape = (batch_size, n_samples, self.horizon, self.noise_size)
         if noise is None:
-            noise = torch.randn(shape, device=self.device)
+            noise = parallel.share(
+                lambda rows: torch.randn(rows, *shape[1:], device=self.device), batch_size
+            )
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
         guide: Guide | None = None if beta == 1.0 else partial(extrapolated, beta=beta)
@@ -484,12 +487,17 @@ class LeRobotPolicy:
         # Some networks see the whole noisy chunk: a padded step may hold anything but NaN.
         action = torch.where(batch.valid[..., None], action, action.nan_to_num(0.0, 0.0, 0.0))
         if noise is None:
-            shape = (len(action), self.flow_samples, self.horizon, self.noise_size)
-            noise = torch.randn(shape, device=action.device)
+            shape = (self.flow_samples, self.horizon, self.noise_size)
+            noise = parallel.share(
+                lambda rows: torch.randn(rows, *shape, device=action.device), len(action)
+            )
         elif noise.ndim == 3:
             noise = noise[:, None]
         if time is None:
-            time = self.head.sample_time(noise.shape[0] * noise.shape[1], action.device)
+            time = parallel.share(
+                lambda rows: self.head.sample_time(rows, action.device),
+                noise.shape[0] * noise.shape[1],
+            )
         time = time.reshape(noise.shape[:2])
         with self._computing():
             context = self.head.encode(inputs)

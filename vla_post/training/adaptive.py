@@ -25,12 +25,14 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from trajectory_store import ChunkBatch, ChunkSampler, Contract, Filter, FleetView, Part, Source
+from vla_post import parallel
 from vla_post.batch import DataNeeds
 from vla_post.critics.returns import require_outcomes
 from vla_post.training.data import require_fitting
@@ -119,6 +121,7 @@ class AdaptiveSampler:
         needs: DataNeeds | None = None,
         seed: int = 0,
         keys: Sequence[str] | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         needs = needs or DataNeeds()
         if needs.double_buffer:
@@ -154,6 +157,7 @@ class AdaptiveSampler:
             takeovers=needs.takeovers,
             backup=needs.backup,
             valid_sources=needs.valid_sources,
+            shard=shard,
             frame_cache_bytes=256 << 20,
         )
         self._there = set(self._sampler.shares)
@@ -171,6 +175,9 @@ class AdaptiveSampler:
                     out[_name(task, which)] = share / len(tasks)
         return out
 
+    def __iter__(self) -> Self:
+        return self
+
     def __next__(self) -> ChunkBatch:
         shares = self.shares()
         weights = {_name(*part): shares.get(_name(*part), 0.0) for part in self._parts}
@@ -184,14 +191,18 @@ class AdaptiveSampler:
         loss: Float[np.ndarray, " B"],
         counted: Bool[np.ndarray, " B"],
     ) -> None:
-        """Losses of the items of a batch (S2).
+        """Losses of the items of a batch (S2); with several processes, of the whole batch.
 
         Args:
             counted: the item had anything to learn from; the others' loss is no loss.
         """
-        for number in np.unique(chunk.task).tolist():
+        columns = (chunk.task, chunk.part, loss, counted)
+        task, part, loss, counted = (
+            parallel.gather(torch.from_numpy(column)).numpy() for column in columns
+        )
+        for number in np.unique(task).tolist():
             for fresh in (False, True):
-                mine = (chunk.task == number) & (chunk.part == int(fresh)) & counted
+                mine = (task == number) & (part == int(fresh)) & counted
                 self.windows.push(self._sampler.tasks[number], fresh, loss[mine])
 
     @property

@@ -52,6 +52,7 @@ def mixture(
     needs: DataNeeds | None = None,
     seed: int = 0,
     keys: Sequence[str] | None = None,
+    shard: tuple[int, int] = (0, 1),
     workers: int = 0,
 ) -> ChunkSampler:
     """Tasks uniform; demonstrations never below 1 - `online_share`, and all until more comes.
@@ -62,6 +63,7 @@ def mixture(
     Args:
         online: what robots recorded; chunks start where one of `needs.sources` drove.
         keys: observation features to load beside those of `needs`; None loads all.
+        shard: (k, n): the k-th of n slices of every batch.
 
     Raises:
         ContractMismatch: a store's actions or observations are not those of the contract.
@@ -96,6 +98,7 @@ def mixture(
         takeovers=needs.takeovers,
         backup=needs.backup,
         valid_sources=needs.valid_sources,
+        shard=shard,
         workers=workers,
         frame_cache_bytes=256 << 20,
     )

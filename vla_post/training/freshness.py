@@ -74,7 +74,7 @@ class Freshness:
         if not self._waiting:
             return []
         found = chunk.provenance
-        uuids = {found.uuids[k] for k in np.unique(found.episode).tolist()} & self._waiting
+        uuids = {found.uuids[int(k)] for k in np.unique(found.episode)} & self._waiting
         self._waiting -= uuids
         rows: list[dict[str, Any]] = []
         for uuid in sorted(uuids):

@@ -1,5 +1,8 @@
 """The learner process: trains while robots work, and publishes versions that they adopt.
 
+Several processes may be one learner (`vla_post.parallel`): the first leads, looks at the stores and
+tells the others which snapshots to draw from; all make the same updates.
+
 It follows the online stores, draws the mixture of demonstrations and interventions, and waits
 politely while there is nothing new to learn from. SIGINT and SIGTERM end it in order: what was
 learned is published, the state is saved for `resume`, and the exit status is 0.
@@ -9,17 +12,20 @@ learned is published, the state is saved for `resume`, and the exit status is 0.
 """
 
 import dataclasses
+import json
 import logging
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from trajectory_store import ChunkBatch, ChunkSampler, FleetView, NotAStore, StoreUnavailable
+from vla_post import parallel
 from vla_post.batch import Batch, NonFiniteLoss
 from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import SCORES, RegistryUnavailable, open_registry
@@ -118,11 +124,22 @@ class LearnerProcess:
         self._restore()
         resuming = config.resume and (self._state / "state.json").exists()
         source = self._state / "policy" if resuming else config.start
-        self.policy = LeRobotPolicy.load(source)
+        self.policy = _load(source)
+        self._shard = parallel.rank(), parallel.world()
+        if config.train.batch_size % parallel.world():
+            raise ValueError(
+                f"batch_size {config.train.batch_size} does not divide among {parallel.world()} "
+                "processes; take a multiple of that number"
+            )
         self.contract = self.policy.contract
         self.trainer = Trainer(self.policy, config.train)
         self.needs = config.train.algorithm.data(self.contract)
         if config.gate_margin is not None:
+            if parallel.world() > 1:
+                raise ValueError(
+                    "gate_margin holds versions back by a comparison that one process makes; "
+                    "train with --processes 1, or without the gate"
+                )
             require_judge(self.trainer.learner)
             self.registry.set_gate(config.gate_margin)
         self._drawn = 0.0
@@ -148,6 +165,8 @@ class LearnerProcess:
         self._online: FleetView | None = None
         self._away = ""
         """What did not answer the last time."""
+        self._news = False
+        """There is a new sampler, of which the other processes do not know yet."""
         self._rows = 0
         self._looked = 0.0
         self.looks = 0
@@ -160,6 +179,8 @@ class LearnerProcess:
         Raises:
             NonFiniteLoss: the batch is saved under `run`, the last good state too.
         """
+        if parallel.rank():
+            return self._follow()
         config = self.config
         self._publish_start()
         described: dict[str, Any] = {
@@ -171,6 +192,7 @@ class LearnerProcess:
             try:
                 self._loop(metrics)
             finally:
+                parallel.tell({"do": "stop"})
                 if self.trainer.updates > self._published_at:
                     self._publish(metrics)
                 self._told_operation(metrics)
@@ -188,25 +210,29 @@ class LearnerProcess:
             if time.monotonic() - self._looked >= config.refresh_s:
                 self._look(metrics)
             if not self._may_learn():
+                parallel.tell({"do": "wait"})
                 self.stop.wait(config.refresh_s / 4)
                 waited_s += config.refresh_s / 4
                 continue
             started = time.monotonic()
             chunk = self._draw()
             if chunk is None:
+                parallel.tell({"do": "wait"})
                 waited_s += time.monotonic() - started
                 continue
+            assert self._sampler is not None
+            snapshots = self._sampler.snapshot_ids if self._news else None
+            parallel.tell({"do": "update", "snapshots": snapshots})
+            self._news = False
             loaded = time.monotonic()
             bad = config.run / "bad_batch.safetensors"
             row = self.trainer.step(chunk, save_bad_batch=bad)
             online = int((chunk.part > 0).sum())
-            self._drawn += online
+            self._drawn += online * parallel.world()
             mix: dict[str, float] = {}
             if isinstance(self._sampler, AdaptiveSampler):
                 mix = {f"mix/{name}": round(v, 4) for name, v in self._sampler.shares().items()}
-                losses = self.trainer.item_losses()
-                if losses is not None:
-                    self._sampler.learned(chunk, *losses)
+                self._tell_losses(self._sampler, chunk)
             for found in self._freshness.drew(chunk):
                 metrics.write(found)
             metrics.write(
@@ -249,6 +275,57 @@ class LearnerProcess:
             log.warning("waiting: %s", error)
         self._away = str(error)
 
+    def _follow(self) -> int:
+        """The loop of a process that does not lead: its slice of the same updates, until told to
+        stop."""
+        while True:
+            message = parallel.tell()
+            if message["do"] == "stop":
+                return self.trainer.updates
+            if message["do"] == "wait":
+                continue
+            chunk: ChunkBatch | None = None
+            while chunk is None:  # the leader has its slice: this one comes when storage answers
+                try:
+                    if message["snapshots"] is not None:
+                        self._go_to(message["snapshots"])
+                        message["snapshots"] = None
+                    chunk = self._draw()
+                except StoreUnavailable as error:
+                    self._is_away(error)
+                    self.stop.wait(self.config.refresh_s)
+            try:
+                self.trainer.step(chunk)
+            except NonFiniteLoss:
+                continue  # the leader has it too, keeps its batch and ends the run
+            if isinstance(self._sampler, AdaptiveSampler):
+                self._tell_losses(self._sampler, chunk)
+
+    def _go_to(self, snapshots: Mapping[str, str]) -> None:
+        """A sampler of exactly what the leader sees."""
+        if self._sampler is not None:
+            self._sampler.close()
+
+        # In the leader's order, which is part of what is drawn.
+        order = list(snapshots)
+
+        def view(prefix: str | Path) -> FleetView:
+            stores = [s for s in FleetView(prefix).stores if s.location in snapshots]
+            for store in stores:
+                store.go_to(snapshots[store.location])
+            return FleetView.of(sorted(stores, key=lambda s: order.index(s.location)))
+
+        try:
+            self._online = None if self.config.online is None else view(self.config.online)
+        except NotAStore:
+            self._online = None
+        self._sampler = self._mixture(view(self.config.demonstrations))
+
+    def _tell_losses(self, sampler: AdaptiveSampler, chunk: ChunkBatch) -> None:
+        losses = self.trainer.item_losses()
+        if losses is not None:
+            sampler.learned(chunk, *losses)
+
     def _look(self, metrics: MetricsLog) -> None:
         """Sees what robots have finished recording since the last time."""
         try:
@@ -261,7 +338,7 @@ class LearnerProcess:
         self.looks += 1
         if self.config.online is None:
             if self._sampler is None:
-                self._sampler = self._mixture()
+                self._sampler, self._news = self._mixture(), True
             return
         if self._online is None:
             try:
@@ -283,13 +360,13 @@ class LearnerProcess:
             self._sampler.close()
             self._sampler = None
         try:
-            self._sampler = self._mixture()
+            self._sampler, self._news = self._mixture(), True
         except Unrewarded as error:
             log.info("waiting: %s", error)
 
-    def _mixture(self) -> ChunkSampler | AdaptiveSampler:
+    def _mixture(self, demonstrations: FleetView | None = None) -> ChunkSampler | AdaptiveSampler:
         config = self.config
-        demonstrations = FleetView(config.demonstrations)
+        demonstrations = demonstrations or FleetView(config.demonstrations)
         size, keys = config.train.batch_size, self.policy.observation_keys
         seed = config.train.seed * 1_000_003 + self.trainer.updates
         if config.mixing == "adaptive":
@@ -302,6 +379,7 @@ class LearnerProcess:
                 needs=self.needs,
                 seed=seed,
                 keys=keys,
+                shard=self._shard,
             )
         return mixture(
             demonstrations,
@@ -312,6 +390,7 @@ class LearnerProcess:
             needs=self.needs,
             seed=seed,
             keys=keys,
+            shard=self._shard,
         )
 
     def _may_learn(self) -> bool:
@@ -412,7 +491,7 @@ class LearnerProcess:
         active, learner = self.registry.active(), self.trainer.learner
         if self.registry.gate is None or active is None or not isinstance(learner, Judge):
             return {}
-        if self._sampler is None:
+        if self._sampler is None or parallel.world() > 1:
             return {}
         batches = [
             Batch.from_numpy(next(self._sampler), self.policy.device) for _ in range(GATE_BATCHES)
@@ -420,6 +499,14 @@ class LearnerProcess:
         candidate = LeRobotPolicy.load(folder)
         running = LeRobotPolicy.load(self.registry.path(active.number))
         return compare(learner, candidate, running, batches, against=active.number)
+
+
+def _load(checkpoint: Path) -> LeRobotPolicy:
+    """On a GPU of this process's own, where several processes train on GPUs."""
+    if parallel.world() == 1:
+        return LeRobotPolicy.load(checkpoint)
+    device = json.loads((checkpoint / "config.json").read_text()).get("device") or "cpu"
+    return LeRobotPolicy.load(checkpoint, device=parallel.device_for(device))
 
 
 def run_until_stopped(config: LearnerConfig, stop: threading.Event | None = None) -> int:

@@ -112,15 +112,15 @@ def test_recap5_ties_are_not_positive():
 
 
 def test_recap5_each_task_has_its_own_threshold():
-    found = RunningThresholds(0.5, window=100)
+    found = RunningThresholds(["easy", "hard"], 0.5, window=100)
     advantage = torch.cat([torch.arange(10.0), 100 + torch.arange(10.0)])
-    task = ["easy"] * 10 + ["hard"] * 10
+    task = torch.tensor([0] * 10 + [1] * 10)
     eps = found.update(task, advantage, torch.ones(20, dtype=torch.bool))
     assert (advantage > eps).tolist() == ([False] * 5 + [True] * 5) * 2
     # Forced steps do not move it, and only the last `window` count.
-    found.update(["easy"], torch.tensor([1e9]), torch.tensor([False]))
+    found.update(task[:1], torch.tensor([1e9]), torch.tensor([False]))
     assert len(found.kept["easy"]) == 10
-    found.update(["easy"] * 200, torch.zeros(200), torch.ones(200, dtype=torch.bool))
+    found.update(task[:1].repeat(200), torch.zeros(200), torch.ones(200, dtype=torch.bool))
     assert found.kept["easy"].tolist() == [0.0] * 100
 
 
@@ -182,7 +182,8 @@ def build(**changes: Any) -> tuple[Recap, LeRobotPolicy]:
     }
     torch.manual_seed(0)
     policy = build_policy("chunk_flow", contract, numbers)
-    config = RecapConfig(**({"learning_rate": 1e-3, "warmup_updates": 0} | changes))
+    settings: dict[str, Any] = {"learning_rate": 1e-3, "warmup_updates": 0} | changes
+    config = RecapConfig(**settings)
     return config.build(policy, list(policy.parameters()), contract), policy
 
 
@@ -298,7 +299,7 @@ def test_state_continues_the_same_optimisation():
 @pytest.mark.parametrize(
     "wrong", [{"positive_share": 1.0}, {"guidance": -1.0}, {"lookahead_s": 0.0}]
 )
-def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]):
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ValueError, match="expected"):
         RecapConfig(**wrong)
 
