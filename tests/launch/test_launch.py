@@ -288,6 +288,7 @@ def test_every_executable_exists_runs_the_right_module_and_is_executable(tmp_pat
             bag=tmp_path / "b",
             operator={"episodes": 1},
             teleop={"device": "gamepad"},
+            uplink=str(tmp_path / "fleet"),
             console={},
         )
     )
