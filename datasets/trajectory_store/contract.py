@@ -5,14 +5,26 @@ everyone may import. The hash covers the parsed values, never comments or key or
 every episode, checkpoint and export, and `ContractMismatch` names the fields that differ.
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 SCHEMA = "vla_post/cell/1"
 
@@ -35,13 +47,84 @@ class ContractMismatch(ValueError):
 
 
 class _Part(BaseModel):
+    """A mapping of the contract. Its fields are pydantic's matter; `problems` are the rules that
+    join several of them, and are told beside wrong fields as far as they do not need those."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def rules(cls) -> tuple[Callable[[Any], list[str]], ...]:
+        """Functions of an object with these fields -> problems."""
+        return ()
 
-def _refuse(problems: list[str]) -> None:
-    """A ValueError with a line for every problem, if there are any."""
-    if problems:
-        raise ValueError("\n".join(problems))
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tell_everything(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        errors: list[InitErrorDetails] = []
+        part: Self | None = None
+        try:
+            part = handler(data)
+        except ValidationError as error:
+            errors = [_again(e) for e in error.errors()]
+            if not isinstance(data, dict):
+                raise
+        problems: list[str] = []
+        for rule in cls.rules():
+            with contextlib.suppress(_Unsound):
+                problems += rule(part if part is not None else _Sound(cls, data))
+        if part is not None and not problems:
+            return part
+        errors += [InitErrorDetails(type=_problem(p), loc=(), input=data) for p in problems]
+        raise ValidationError.from_exception_data(cls.__name__, errors)
+
+
+class _Unsound(Exception):
+    """A rule needs a field that is wrong itself."""
+
+
+class _Sound:
+    """The fields of a part that are right, where others are wrong."""
+
+    def __init__(self, part: type[_Part], data: dict[Any, Any]) -> None:
+        self._part, self._data = part, data
+
+    def __getattr__(self, name: str) -> Any:
+        field = self._part.model_fields.get(name)
+        if field is None:
+            return getattr(self._part, name).fget(self)  # a property, of other fields
+        try:
+            value = self._data[field.alias or name]
+        except KeyError:
+            if field.is_required():
+                raise _Unsound from None
+            return field.get_default(call_default_factory=True)
+        try:
+            kind: Any = (
+                Annotated[field.annotation, *field.metadata]
+                if field.metadata
+                else (field.annotation)
+            )
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError:
+            raise _Unsound from None
+
+
+def _no_name_twice(part: Any) -> list[str]:
+    twice = len(set(part.names)) != len(part.names)
+    return ["`names` holds the same joint twice"] if twice else []
+
+
+def _problem(text: str) -> PydanticCustomError:
+    return PydanticCustomError("value_error", "{text}", {"text": text})
+
+
+def _again(error: Any) -> InitErrorDetails:
+    """An error of pydantic's, to be raised once more beside others."""
+    if error["type"] == "value_error":
+        kind: Any = _problem(error["msg"].removeprefix("Value error, "))
+        return {"type": kind, "loc": error["loc"], "input": error["input"]}
+    context = error.get("ctx", {})
+    return {"type": error["type"], "loc": error["loc"], "input": error["input"], "ctx": context}
 
 
 class Align(StrEnum):
@@ -83,8 +166,11 @@ class ObservationFeature(_Part):
     def is_image(self) -> bool:
         return self.type != "sensor_msgs/JointState"
 
-    @model_validator(mode="after")
-    def _shape_fits_type(self) -> Self:
+    @classmethod
+    def rules(cls) -> tuple[Callable[[Any], list[str]], ...]:
+        return (cls._shape_fits_type, _no_name_twice)
+
+    def _shape_fits_type(self) -> list[str]:
         problems: list[str] = []
         if self.is_image:
             if len(self.shape) != 3 or self.shape[2] not in (1, 3):
@@ -98,10 +184,7 @@ class ObservationFeature(_Part):
                 f"`names` lists {len(self.names)} joints and `shape` is {list(self.shape)}; "
                 "a JointState feature needs shape [number of names]"
             )
-        if len(set(self.names)) != len(self.names):
-            problems.append("`names` holds the same joint twice")
-        _refuse(problems)
-        return self
+        return problems
 
 
 class Limits(_Part):
@@ -134,11 +217,16 @@ class ActionFeature(_Part):
     def size(self) -> int:
         return len(self.names)
 
-    @model_validator(mode="after")
-    def _one_limit_per_joint(self) -> Self:
+    @classmethod
+    def rules(cls) -> tuple[Callable[[Any], list[str]], ...]:
+        return (_no_name_twice, cls._one_limit_per_joint, cls._holds_what_it_names)
+
+    def _holds_what_it_names(self) -> list[str]:
+        unknown = set(self.held) - set(self.names)
+        return [f"`held` names {sorted(unknown)}, which `names` does not list"] if unknown else []
+
+    def _one_limit_per_joint(self) -> list[str]:
         problems: list[str] = []
-        if len(set(self.names)) != len(self.names):
-            problems.append("`names` holds the same joint twice")
         for kind in ("position", "velocity", "acceleration", "jerk", "step"):
             bounds = getattr(self.limits, kind)
             if (kind == "position" or bounds) and len(bounds) != len(self.names):
@@ -148,11 +236,7 @@ class ActionFeature(_Part):
         for name, (low, high) in zip(self.names, self.limits.position, strict=False):
             if not low < high:
                 problems.append(f"limits.position of {name} is [{low}, {high}]; low must be < high")
-        unknown = set(self.held) - set(self.names)
-        if unknown:
-            problems.append(f"`held` names {sorted(unknown)}, which `names` does not list")
-        _refuse(problems)
-        return self
+        return problems
 
 
 class Workspace(_Part):
@@ -257,24 +341,26 @@ class Contract(_Part):
             raise ValueError(f"found {sorted(value)}; the one action feature is called 'action'")
         return value
 
-    @model_validator(mode="after")
-    def _views_are_of_cameras(self) -> Self:
-        unknown = sorted(self.view.cameras.keys() - self.images.keys())
-        if unknown:
-            raise ValueError(
-                f"view.cameras names {', '.join(unknown)}; this cell's cameras are "
-                f"{', '.join(self.images) or 'none'}"
-            )
-        return self
+    @classmethod
+    def rules(cls) -> tuple[Callable[[Any], list[str]], ...]:
+        return (cls._executes_what_it_predicts, cls._views_are_of_cameras)
 
-    @model_validator(mode="after")
-    def _executes_what_it_predicts(self) -> Self:
-        if self.execute_steps > self.chunk_horizon:
-            raise ValueError(
-                f"execute_steps is {self.execute_steps}, more than chunk_horizon "
-                f"{self.chunk_horizon}; a chunk runs out before the next inference"
-            )
-        return self
+    def _views_are_of_cameras(self) -> list[str]:
+        unknown = sorted(self.view.cameras.keys() - self.images.keys())
+        if not unknown:
+            return []
+        return [
+            f"view.cameras names {', '.join(unknown)}; this cell's cameras are "
+            f"{', '.join(self.images) or 'none'}"
+        ]
+
+    def _executes_what_it_predicts(self) -> list[str]:
+        if self.execute_steps <= self.chunk_horizon:
+            return []
+        return [
+            f"execute_steps is {self.execute_steps}, more than chunk_horizon "
+            f"{self.chunk_horizon}; a chunk runs out before the next inference"
+        ]
 
     @property
     def action(self) -> ActionFeature:

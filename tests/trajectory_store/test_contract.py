@@ -129,3 +129,58 @@ def test_an_unknown_task_names_the_known_ones():
     contract: Contract = parse_contract(MINIMAL)
     with pytest.raises(ContractError, match="has no task 'fly'; it knows wave"):
         contract.task("fly")
+
+
+def test_rules_over_several_fields_are_told_beside_wrong_fields():
+    """A wrong field hides only the rules that need it."""
+    text = """
+schema: vla_post/cell/1
+cell: bench
+robot: arm
+control_hz: fast
+chunk_horizon: 4
+execute_steps: 9
+observations:
+  observation.state:
+    topic: joint_states
+    type: sensor_msgs/JointState
+    names: [x, x]
+    shape: [3]
+    unit: m
+    rate_hz: 0
+actions:
+  action:
+    names: [dx, dy]
+    unit: 3
+    mode: delta
+    held: [gripper]
+    limits: {position: [[1, -1]]}
+tasks:
+  push: {instruction: "", time_limit_s: 5}
+"""
+    with pytest.raises(ContractError) as caught:
+        parse_contract(text, name="c.yaml")
+    lines = str(caught.value).splitlines()
+    expected = [
+        "control_hz: found 'fast'",
+        "execute_steps is 9, more than chunk_horizon 4",
+        "observation.state: `names` lists 2 joints and `shape` is [3]",
+        "observation.state: `names` holds the same joint twice",
+        "observation.state.rate_hz: found 0",
+        "action.unit: found 3",
+        "`held` names ['gripper'], which `names` does not list",
+        "limits.position has 1 entries for 2 joints",
+        "limits.position of dx is [1.0, -1.0]; low must be < high",
+        "tasks.push.instruction: found ''",
+    ]
+    for part in expected:
+        assert sum(part in line for line in lines) == 1, (part, lines)
+    assert len(lines) == len(expected)
+    assert all(line.startswith("c.yaml:") for line in lines)
+
+
+def test_a_rule_that_needs_a_wrong_field_waits_for_it():
+    with pytest.raises(ContractError) as caught:
+        parse_contract(MINIMAL.replace("[[-1, 1], [-2, 2]]", "[[-1, wide]]"))
+    (line,) = str(caught.value).splitlines()
+    assert "limits.position.0.1: found 'wide'" in line
