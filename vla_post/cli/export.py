@@ -11,6 +11,9 @@ from vla_post.cli.errors import UserError
 from vla_post.export.card import Layout, Precision
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trajectory_store.contract import Contract
     from vla_post.export.check import CheckReport
 
 
@@ -81,12 +84,13 @@ class Export:
         if is_export(checkpoint):
             raise UserError(f"{checkpoint}: already an export; name the checkpoint it came from")
         contract = policy_contract(checkpoint)
-        stores = [s for s in FleetView(self.store).stores if contract.sha256 in s.contracts]
+        found = FleetView(self.store).stores
+        stores = [s for s in found if contract.sha256 in s.contracts]
         if not any(store.episodes for store in stores):
             raise UserError(
                 f"{self.store}: no recorded episode of cell {contract.cell!r} with the "
                 "checkpoint's contract; parity is proven on recorded observations, so record or "
-                "import one"
+                f"import one{nearest(contract, [c for s in found for c in s.contracts.values()])}"
             )
         if self.episodes and not contract.sim:
             raise UserError(
@@ -151,6 +155,17 @@ class Export:
                 f"{self.max_drop:.0%} is allowed. Export in a higher precision or with more "
                 "denoising steps; what was measured is in refused.json"
             )
+
+
+def nearest(wanted: "Contract", found: "Sequence[Contract]") -> str:
+    """How the most similar contract that was recorded differs, for an error; empty without any."""
+    from trajectory_store.contract import diff
+
+    others = [(diff(wanted, c), c.cell) for c in found if c.sha256 != wanted.sha256]
+    if not others:
+        return ""
+    lines, cell = min(others, key=lambda other: len(other[0]))
+    return f". What was recorded of {cell!r} differs in:\n  " + "\n  ".join(lines)
 
 
 def _check(file: Path) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import sim
 from sim.demonstrations import write_demonstrations
 from trajectory_store.contract import load_contract
+from vla_post.cli.export import nearest
 from vla_post.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,3 +42,14 @@ def test_the_export_plays_the_same_episodes_as_pytorch(
         main([*words, "--out", str(tmp_path / "x"), "--bound", "0"])
     assert "do not deploy this file" in capsys.readouterr().err
     assert not (tmp_path / "x" / "policy.json").exists()
+
+
+def test_a_refusal_names_the_fields_in_which_the_nearest_recorded_contract_differs():
+    wanted = load_contract(sim.CONTRACTS / "metaworld_state.yaml")
+    near = wanted.model_copy(update={"control_hz": 40.0})
+    far = load_contract(sim.CONTRACTS / "franka_joint.yaml")
+    assert nearest(wanted, [far, near, wanted]) == (
+        f". What was recorded of {wanted.cell!r} differs in:\n"
+        f"  control_hz: {wanted.control_hz} -> 40.0"
+    )
+    assert nearest(wanted, [wanted]) == ""
