@@ -49,6 +49,9 @@ class CellConfig:
     or `newest`. Its comparison is on `policy/shadow`."""
     shadow_log: Path | None = None
     """A file that gets every comparison of the shadow as one JSON line."""
+    insight_every: int = 0
+    """Tell the doubt of the policy, and the value of the critic in its folder, of every k-th chunk
+    (in /diagnostics, drawn by the console). 0: never."""
     infer_while_human: bool = False
     """Let the policy propose while a human drives, for `action.policy` in the store."""
     store: Path | None = None
@@ -178,6 +181,7 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
                 source
                 | {
                     "infer_while_human": config.infer_while_human,
+                    "insight_every": config.insight_every,
                     "shadow": config.shadow,
                     "shadow_log": str(config.shadow_log.resolve()) if config.shadow_log else "",
                 },

@@ -9,15 +9,15 @@ arguments, so tests need no real time. Not thread-safe: one owner, one thread.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robot_bridge.core.chunks import POLICY_ERROR, Chunk, ChunkReader
 from robot_bridge.core.joints import JointReader, NamesError
+from robot_bridge.core.modes import Answer, Decision, Mode, Phase
 from robot_bridge.core.safety import Gate, Gated, UnsafeCommand
 from trajectory_store.contract import Contract
 
@@ -30,62 +30,9 @@ TAKEOVER_PATIENCE_S = 5.0
 FRESH_CHUNK_PATIENCE_S = 5.0
 """After `resume` in real time: how long to stand still for the first chunk."""
 
-
-POLICY_ERROR = "error: "
-"""Opens the frame_id of an empty chunk by which the runner says that its policy failed."""
-
-
 NEEDS_CHUNK = "a chunk"
 NEEDS_COMMAND = "the operator's command"
 NEEDS_JOY = "the operator's joy message"
-
-
-class Mode(StrEnum):
-    HOLD = "HOLD"
-    POLICY = "POLICY"
-    HUMAN = "HUMAN"
-    FAULT = "FAULT"
-
-
-class Phase(StrEnum):
-    """Transitions inside a mode."""
-
-    STEADY = ""
-    TAKEOVER = "TAKEOVER"
-    """Control was requested; the deadman is not held yet. The mode goes on as it was."""
-    HANDBACK = "HANDBACK"
-    """POLICY was resumed; standing still until a fresh chunk arrives, then blending into it."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    stamp_ns: int
-    version: int
-    chunk_id: int
-    points: Vector
-    """(H, A) in contract order; point i is the command of the tick at stamp + i * dt."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One tick."""
-
-    tick_ns: int
-    command: Vector
-    """(A,), inside the limits."""
-    label: str
-    """`policy:V#C`, `human:NAME` or `hold`."""
-    mode: Mode
-    clipped: tuple[str, ...]
-    chunk_step: int | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """To a request by a person or a program."""
-
-    success: bool
-    message: str
 
 
 class Arbiter:
@@ -114,6 +61,7 @@ class Arbiter:
         self._dt_ns = contract.dt_ns
         self._safety = contract.safety
         self._names = JointReader(contract.action.names, exact=True)
+        self._chunks = ChunkReader(contract)
         self._held_names = tuple(contract.action.held)
         self._chunk: Chunk | None = None
         self._blend_from: tuple[int, Vector] | None = None
@@ -161,6 +109,18 @@ class Arbiter:
         self._joint_problem = f"joint states are unreadable: {problem}"
         self._joint_mono_s = mono_s
 
+    def robot_restarted(self) -> None:
+        """Another process speaks for the robot: where it stands is not known until it says so."""
+        self._to_hold("the robot was restarted: what runs there now is not what ran before")
+        self._measured = self._tool = None
+        self._joint_stamp_ns, self._joint_problem = None, ""
+        self.gate.reset(None)
+
+    def robot_gone(self) -> None:
+        """Nobody speaks for the robot. In real time its joint states have been stale for long."""
+        self._joint_problem = "the robot is gone: nobody publishes joint states"
+        self._to_hold(self._joint_problem)
+
     def offer_chunk(
         self,
         stamp_ns: int,
@@ -177,8 +137,11 @@ class Arbiter:
             now_ns: the cell's time.
         """
         try:
-            chunk = self._read_chunk(stamp_ns, names, points, frame_id, now_ns)
-        except (NamesError, UnsafeCommand, ValueError) as error:
+            chunk = self._chunks.read(stamp_ns, names, points, frame_id)
+            if stamp_ns > now_ns + self._dt_ns:
+                ahead_ms = (stamp_ns - now_ns) / 1e6
+                raise ValueError(f"its observation lies {ahead_ms:.0f} ms in the future")
+        except ValueError as error:
             reason = f"chunk refused: {error}"
             if self.mode is Mode.POLICY:
                 self._to_hold(reason)
@@ -192,33 +155,6 @@ class Arbiter:
             return "chunk refused: its observation is older than the hand-back or the current chunk"
         self._chunk = chunk
         return ""
-
-    def _read_chunk(
-        self,
-        stamp_ns: int,
-        names: Any,
-        points: Sequence[Any],
-        frame_id: str,
-        now_ns: int,
-    ) -> Chunk:
-        if frame_id.startswith(POLICY_ERROR):
-            raise ValueError(frame_id.removeprefix(POLICY_ERROR))
-        version, _, number = frame_id.partition("#")
-        if not (version.isdecimal() and number.isdecimal()):
-            raise ValueError(f"frame_id is {frame_id!r}; expected VERSION#CHUNK, two integers")
-        horizon = self.contract.chunk_horizon
-        if len(points) != horizon:
-            raise ValueError(
-                f"it has {len(points)} points; the contract's chunk_horizon is {horizon}"
-            )
-        rows = np.stack([self._names.read(names, p) for p in points])
-        if not np.isfinite(rows).all():
-            raise ValueError("it holds NaN or infinity")
-        if stamp_ns > now_ns + self._dt_ns:
-            raise ValueError(
-                f"its observation lies {(stamp_ns - now_ns) / 1e6:.0f} ms in the future"
-            )
-        return Chunk(stamp_ns, int(version), int(number), rows)
 
     def joy(self, stamp_ns: int, deadman: bool, mono_s: float) -> None:
         """A sign of life of the operator's device. Older ones than the last are ignored."""

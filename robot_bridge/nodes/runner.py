@@ -8,7 +8,9 @@ token of a server is the environment's VLA_POST_TOKEN), `infer_while_human`, `ma
 `vla_post.export.require_fit`; 0 switches that check off), `chunking` (how a chunk joins the running
 one: `rtc`, `blend`, `off`, or `auto`: off in lockstep, else rtc where the policy can, else blend),
 `rtc_form`, `shadow` (a candidate beside the active policy: a folder, a version, or `newest`),
-`shadow_log` (a file), `inference_timeout_s`.
+`shadow_log` (a file), `inference_timeout_s`, `insight_every` (the policy's doubt and its critic's
+value, of every k-th chunk, in /diagnostics; 0: off) and `insight_samples` (chunks to tell the doubt
+from).
 
 Inference runs in a thread of its own. A policy that raises, or returns NaN or a wrong shape, is
 reported by an empty chunk whose frame_id says why, on which the arbiter holds. One that hangs is
@@ -18,6 +20,7 @@ reported in the same way, and the process ends, to be started again: nothing els
 import array
 import faulthandler
 import json
+import math
 import queue
 import sys
 import threading
@@ -26,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.duration import Duration
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -35,10 +37,11 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from robot_bridge.core.align import CLOCK_JUMP_NS, Aligned, Aligner
-from robot_bridge.core.arbiter import POLICY_ERROR, Mode
 from robot_bridge.core.chunking import Question, Rows, Seam, ask
+from robot_bridge.core.chunks import POLICY_ERROR
 from robot_bridge.core.events import EventError, EventType, parse_event
 from robot_bridge.core.latency import Latency
+from robot_bridge.core.modes import Mode
 from robot_bridge.nodes.common import (
     STEADY,
     CellNode,
@@ -50,17 +53,17 @@ from robot_bridge.nodes.common import (
     run,
     set_stamp,
 )
-from robot_bridge.nodes.shadow import Proposal, Shadow
+from robot_bridge.nodes.insight import Insight
+from robot_bridge.nodes.scout import Probe, Scout
+from robot_bridge.nodes.shadow import Proposal
 from robot_bridge.nodes.streams import Streams, decode
 from robot_bridge.nodes.versions import Loaded, Versions
-from vla_post.export.adoption import require_fit
 
 if TYPE_CHECKING:
     from vla_post.export import ChunkPolicy
 
 OBSERVATION_PATIENCE_S = 0.5
 """Lockstep: how long to wait for a frame that is due before going on without it."""
-REGISTRY_PERIOD_S = 1.0
 UNHEARD_S = 0.5
 """Lockstep: a chunk that moves nothing for so long is inferred and sent again."""
 CHUNKING = ("auto", "rtc", "blend", "off")
@@ -103,7 +106,9 @@ class RunnerNode(CellNode):
             raise UserError(f"runner: inference_timeout_s is {self._timeout_s}; it must be > 0")
         self._follows = chunking != "off" and not (chunking == "auto" and self.lockstep)
         self._guide = chunking != "blend"
-        self._shadow_wanted = text("shadow")
+        self._shadow = text("shadow")
+        self._insight_every = int(self.declare_parameter("insight_every", 0).value or 0)
+        self._insight_samples = int(self.declare_parameter("insight_samples", 4).value or 0)
         log = text("shadow_log")
         self._shadow_log = Path(log) if log else None
         self._versions = Versions(
@@ -130,10 +135,12 @@ class RunnerNode(CellNode):
 
     def setup(self) -> None:
         self._loaded = self._versions.first()
-        self._candidate: Loaded | None = None
-        self._refused: int | None = None
-        self._refusal = ""
-        self._probes: list[tuple[dict[str, np.ndarray], str]] = []
+        self._insight = Insight(
+            every=self._insight_every,
+            samples=self._insight_samples,
+            steps=self.contract.execute_steps,
+        )
+        self._probes: list[Probe] = []
         self._aligner = Aligner(self.contract, capacity=64)
         self._mode = Mode.HOLD
         self._fresh_ns = 0
@@ -148,16 +155,13 @@ class RunnerNode(CellNode):
         self._job_s = 0.0
         self._hung = False
         self._seam = Seam(self.contract.dt_ns, lockstep=self.lockstep)
-        self._shadow: Shadow | None = None
-        self._shadow_refused: int | None = None
-        self._shadow_refusal = ""
         self._chunk_id = 0
         self._errors = 0
         self._last_error = ""
         self.latency = Latency()
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._stop, self._look_now = threading.Event(), threading.Event()
+        self._stop = threading.Event()
         self._done = self.create_guard_condition(self._on_done)
         lifespan = Duration(seconds=0 if self.lockstep else 1)
         self._chunk_publisher = self.create_publisher(
@@ -187,13 +191,21 @@ class RunnerNode(CellNode):
             self.create_timer(0.05, self._maybe_infer, clock=STEADY),
             self.create_timer(0.1, self._watch_inference, clock=STEADY),
         ]
-        self._threads = [threading.Thread(target=self._work, name="inference", daemon=True)]
-        if self._versions.registry is not None or self._shadow_wanted:
-            self._threads.append(
-                threading.Thread(target=self._watch_registry, name="registry", daemon=True)
-            )
-        for thread in self._threads:
-            thread.start()
+        self._scout = Scout(
+            self.contract,
+            self._versions,
+            running=lambda: self._loaded,
+            probes=lambda: self._probes,
+            ready=self._done.trigger,
+            say_shadow=self._say_shadow,
+            complain=self.get_logger().error,
+            shadow=self._shadow,
+            shadow_log=self._shadow_log,
+            max_jump=self._max_jump,
+        )
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._thread.start()
+        self._scout.start()
 
     def started(self) -> None:
         self._announce()
@@ -203,12 +215,13 @@ class RunnerNode(CellNode):
         if stop is not None:
             stop.set()
             self._jobs.put(None)
-            self._look_now.set()
-            for thread in self.__dict__.pop("_threads", []):
-                thread.join(timeout=0.0 if self._hung else 5.0)
-        shadow: Shadow | None = self.__dict__.pop("_shadow", None)
-        if shadow is not None:
-            shadow.close()
+        patience_s = 0.0 if self.__dict__.get("_hung") else 5.0
+        thread: threading.Thread | None = self.__dict__.pop("_thread", None)
+        if thread is not None:
+            thread.join(timeout=patience_s)
+        scout: Scout | None = self.__dict__.pop("_scout", None)
+        if scout is not None:
+            scout.close(patience_s)
         streams: Streams | None = self.__dict__.pop("_streams", None)
         if streams is not None:
             streams.close()
@@ -239,13 +252,9 @@ class RunnerNode(CellNode):
         } | self.latency.summary_ms()
         # A policy on another machine says how much of that was the wire.
         values |= getattr(self._loaded.policy, "wire_ms", {})
-        if self._shadow is not None:
-            values["shadow_version"] = self._shadow.version
-            values |= {f"shadow_{k}": v for k, v in self._shadow.record.summary().items()}
-        elif self._shadow_refusal:
-            values["shadow_refused"] = self._shadow_refusal
-        if self._refusal:
-            return DiagnosticStatus.WARN, self._refusal, values
+        values |= self._scout.diagnose() | self._insight.diagnose()
+        if self._scout.refusal:
+            return DiagnosticStatus.WARN, self._scout.refusal, values
         level = DiagnosticStatus.ERROR if self._last_error else DiagnosticStatus.OK
         return level, self._last_error, values
 
@@ -369,10 +378,10 @@ class RunnerNode(CellNode):
                 self._done.trigger()
 
     def _infer(self, job: _Job) -> None:
-        loaded, stamp = self._loaded, job.aligned.tick_ns
+        loaded, shadow, stamp = self._loaded, self._scout.shadow, job.aligned.tick_ns
         keys = dict.fromkeys(loaded.policy.observation_keys)
-        if self._shadow is not None:
-            keys |= dict.fromkeys(self._shadow.loaded.policy.observation_keys)
+        if shadow is not None:
+            keys |= dict.fromkeys(shadow.loaded.policy.observation_keys)
         observation = {
             key: decode(job.aligned.values[key], self.contract.observations[key]) for key in keys
         }
@@ -388,10 +397,14 @@ class RunnerNode(CellNode):
         self._seam.sent(stamp, chunk, self._tick_ns)
         self.latency.add(self._sent_s - job.started_s)
         self._probes = [*self._probes[-3:], (observation, job.instruction)]
-        if self._shadow is not None:
-            self._shadow.offer(
-                Proposal(question, loaded.version, self._chunk_id, chunk, self._guide)
-            )
+        if shadow is not None:
+            shadow.offer(Proposal(question, loaded.version, self._chunk_id, chunk, self._guide))
+        took_s = self._sent_s - job.started_s
+        period_s = self.contract.execute_steps / self.contract.control_hz
+        self._job_s = self._sent_s
+        self._insight.look(
+            loaded, question, chunk, math.inf if self.lockstep else period_s - took_s
+        )
 
     @staticmethod
     def _fill(message: JointTrajectory, stamp: int, frame_id: str, chunk: Rows) -> None:
@@ -434,75 +447,13 @@ class RunnerNode(CellNode):
 
     # Versions
 
-    def _watch_registry(self) -> None:
-        """Loads and checks what is new beside the running policy."""
-        while not self._stop.is_set():
-            if self._versions.registry is not None:
-                self._look_for_active()
-            if self._shadow_wanted and not self._stop.is_set():
-                self._look_for_shadow()
-            self._look_now.wait(REGISTRY_PERIOD_S)
-            self._look_now.clear()
-
-    def _look_for_active(self) -> None:
-        assert self._versions.registry is not None
-        number: int | None = None
-        try:
-            wanted = self._versions.wanted()
-            candidate = self._candidate
-            known = {self._loaded.version, self._refused}
-            if candidate is not None:
-                known.add(candidate.version)
-            if wanted == self._loaded.version:
-                self._candidate = None  # taken back before this cell came to adopt it
-            if wanted is None or wanted in known:
-                return
-            number = wanted
-            loaded = self._versions.version(number)
-            jump = self._max_jump or None
-            require_fit(
-                loaded.policy,
-                self._probes,
-                self.contract.action,
-                running=self._loaded.policy if jump else None,
-                max_jump=jump,
-            )
-        except Exception as error:
-            # Whatever a version on disk does, the running one goes on.
-            self._refused = number
-            self._refusal = f"version {number} refused: {error}"
-            self.get_logger().error(self._refusal)
-            return
-        self._refusal, self._candidate = "", loaded
-        self._done.trigger()
-
-    def _look_for_shadow(self) -> None:
-        """Loads the shadow that is asked for, and follows `newest`."""
-        running, number = self._shadow, None
-        try:
-            number = self._versions.resolve(self._shadow_wanted)
-            known = (self._shadow_refused, running.version if running else None)
-            if number is None or number in known:
-                return
-            loaded = self._versions.load(self._shadow_wanted, number)
-        except Exception as error:
-            self._shadow_refused = number
-            self._shadow_refusal = f"shadow {self._shadow_wanted!r} refused: {error}"
-            self.get_logger().error(self._shadow_refusal, throttle_duration_sec=60.0)
-            return
-        self._shadow_refusal = ""
-        self._shadow = Shadow(self.contract, loaded, self._say_shadow, self._shadow_log)
-        self.get_logger().info(f"shadow: version {loaded.version}")
-        if running is not None:
-            running.close()
-
     def _maybe_swap(self) -> None:
         """Adopts the candidate between episodes, or between chunks if the contract allows."""
-        candidate = self._candidate
+        candidate = self._scout.candidate
         between = self._episode is None or self.contract.safety.swap == "chunk"
         if candidate is None or self._busy or not between:
             return
-        old, self._loaded, self._candidate = self._loaded, candidate, None
+        old, self._loaded, self._scout.candidate = self._loaded, candidate, None
         old.policy.close()
         self.latency = Latency()
         self._seam.restart_latency()
@@ -517,8 +468,7 @@ class RunnerNode(CellNode):
         if self._versions.registry is None:
             response.success, response.message = False, "a fixed policy is running, no registry"
             return response
-        self._refused = self._shadow_refused = None
-        self._look_now.set()
+        self._scout.look_now()
         response.success = True
         response.message = "looking; a version that passes its checks is adopted between episodes"
         return response

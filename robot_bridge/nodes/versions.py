@@ -26,6 +26,8 @@ class Loaded:
     version: int
     card: dict[str, Any]
     """What `policy/active` says."""
+    folder: Path | None = None
+    """Where its files lie; None for a policy on another machine."""
 
 
 class Versions:
@@ -80,7 +82,7 @@ class Versions:
         if not path.is_dir():
             raise UserError(f"runner: no checkpoint folder at {path}")
         self.contract.require_same(policy_contract(path), here="this cell", there=str(path))
-        return self._checked(self._load(path), FIXED, {"path": str(path)})
+        return self._checked(self._load(path), FIXED, {"path": str(path)}, path)
 
     def version(self, number: int) -> Loaded:
         """Raises VersionDamaged, ContractMismatch and what loading raises."""
@@ -92,7 +94,7 @@ class Versions:
             "parent": version.parent,
             "sha256": hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest(),
         }
-        return self._checked(self._load(path), number, card)
+        return self._checked(self._load(path), number, card, path)
 
     def resolve(self, wanted: str) -> int | None:
         """The version that a name stands for: `newest` is the newest one that is not active.
@@ -112,7 +114,13 @@ class Versions:
         """What `resolve` found."""
         return self.folder(Path(wanted)) if number == FIXED else self.version(number)
 
-    def _checked(self, policy: "ChunkPolicy", version: int, card: dict[str, Any]) -> Loaded:
+    def _checked(
+        self,
+        policy: "ChunkPolicy",
+        version: int,
+        card: dict[str, Any],
+        folder: Path | None = None,
+    ) -> Loaded:
         problem = ""
         if policy.contract_sha256 != self.contract.sha256:
             problem = (
@@ -125,4 +133,5 @@ class Versions:
         if problem:
             policy.close()
             raise UserError(problem)
-        return Loaded(policy, version, {"version": version, "backend": self._backend} | card)
+        card = {"version": version, "backend": self._backend} | card
+        return Loaded(policy, version, card, folder)

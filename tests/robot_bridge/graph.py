@@ -28,6 +28,9 @@ from robot_bridge.dds import use_default_profile
 from robot_bridge.nodes.common import latched, reliable, set_stamp, stamp_ns
 from trajectory_store.contract import Contract
 
+REPEAT_AFTER_S = 0.5
+"""Well below `lockstep_wait_s`: a node that was restarted may discover the robot only after the
+first tick of an episode was said."""
 DEADLINE_S = float(os.environ.get("VLA_POST_TEST_DEADLINE_S", "60"))
 
 
@@ -49,7 +52,9 @@ def checkpoint(folder: Path, contract: Contract, value: float = 0.25) -> Path:
 class Cell:
     """Starts supervisor, arbiter and what is asked for; everything else is this object.
 
-    Lockstep robot: publishes tick k + 1 when the command of tick k came, while `moving`.
+    Lockstep robot: publishes tick k + 1 when the command of tick k came, while `moving`. Like
+    `sim.nodes.robot` it repeats a tick that nobody answered: a command may be lost, for its queue
+    holds one, and a second publisher of commands overwrites it.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Cell:
         self.position = [0.0, 0.5, 0.2, 0.0]  # inside the workspace box
         self.tick = 1
         self.moving = False
+        self._said_at = 0.0
         self.frozen: set[str] = set()
         """Cameras that are silent."""
         self.episode: str | None = None
@@ -115,6 +121,7 @@ class Cell:
         self.active: dict[str, Any] = {}
         self.chunks: list[tuple[int, str, np.ndarray]] = []
         self.diagnostics: dict[str, tuple[int, str]] = {}
+        self._values: dict[str, dict[str, str]] = {}
         node = self.node
         self._joints = node.create_publisher(JointState, "joint_states", reliable(10))
         self._cameras = {
@@ -140,6 +147,7 @@ class Cell:
         return self.node.get_clock().now().nanoseconds
 
     def say(self) -> None:
+        self._said_at = time.monotonic()
         self.before_say()
         ns = self.tick * self.contract.dt_ns
         image = np.full((16, 16, 3), self.tick % 256, np.uint8)
@@ -195,6 +203,11 @@ class Cell:
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
             self.diagnostics[status.name] = (int.from_bytes(status.level), status.message)
+            self._values[status.name] = {pair.key: pair.value for pair in status.values}
+
+    def said(self, name: str) -> dict[str, str]:
+        """The values in a node's last diagnostics."""
+        return self._values.get(name, {})
 
     # The operator
 
@@ -280,10 +293,14 @@ class Cell:
         while not condition():
             self.executor.spin_once(timeout_sec=0.02)
             self.group.poll()
+            if self.moving and time.monotonic() - self._said_at > REPEAT_AFTER_S:
+                self.say()
             if time.monotonic() > deadline:
                 logs = {name: self.group.last_words(name, 8) for name in self.group.pids()}
                 raise AssertionError(
-                    f"waited {deadline_s} s for {what}; state {self.state}; "
+                    f"waited {deadline_s} s for {what}; state {self.state}; the robot "
+                    f"{'moves' if self.moving else 'rests'} at tick {self.tick}, last commands for "
+                    f"{[ns // self.contract.dt_ns for ns, _ in self.commands[-5:]]}; "
                     f"last events {self.events[-3:]}; logs {logs}"
                 )
 
@@ -295,10 +312,12 @@ class Cell:
     def mode(self, mode: str) -> None:
         self.until(lambda: self.state.get("mode") == mode, f"mode {mode}")
 
-    def up(self) -> None:
+    def up(self, deadline_s: float = DEADLINE_S) -> None:
         """Until every managed node is active."""
         name = f"/{self.contract.cell}/supervisor"
-        self.until(lambda: self.diagnostics.get(name) == (0, ""), "all nodes to be active")
+        self.until(
+            lambda: self.diagnostics.get(name) == (0, ""), "all nodes to be active", deadline_s
+        )
 
     def __enter__(self) -> "Cell":
         self.group.start()

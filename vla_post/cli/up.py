@@ -55,6 +55,8 @@ class Up:
     """A candidate beside the policy that moves nothing: a folder, a version, or `newest`."""
     shadow_log: Path | None = None
     """Write what the candidate would have done otherwise to this file, one JSON line a chunk."""
+    insight_every: int = 0
+    """Show the policy's doubt, and its critic's value, of every k-th chunk in the console."""
     operator: Literal["none", "scripted"] = "none"
     """scripted: simulated cells only; runs --episodes episodes, then everything ends."""
     teleop: Literal["none", "gamepad", "spacemouse", "leader"] = "none"
@@ -107,6 +109,7 @@ class Up:
                 bag=self.bag,
                 shadow=self.shadow,
                 shadow_log=self.shadow_log,
+                insight_every=self.insight_every,
                 store=self.store,
                 uplink=self.uplink,
                 uplink_name=self.uplink_name,

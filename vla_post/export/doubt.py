@@ -26,6 +26,19 @@ def chunk_doubt(chunks: Float[np.ndarray, "n H A"], *, steps: int | None = None)
     return float(np.linalg.norm(variance, axis=-1).mean())
 
 
+def sample_chunks(
+    policy: ChunkPolicy,
+    observation: StoredObservation,
+    instruction: str,
+    *,
+    samples: int,
+    seed: int = 0,
+) -> Float[np.ndarray, "n H A"]:
+    """What the policy might do at one observation, n times, in a single batch."""
+    batch = {key: np.repeat(value[None], samples, axis=0) for key, value in observation.items()}
+    return policy.act_batch(batch, [instruction] * samples, seed + np.arange(samples))
+
+
 def policy_doubt(
     policy: ChunkPolicy,
     observation: StoredObservation,
@@ -41,9 +54,8 @@ def policy_doubt(
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}; doubt needs at least 2")
-    batch = {key: np.repeat(value[None], samples, axis=0) for key, value in observation.items()}
-    seeds = seed + np.arange(samples)
-    return chunk_doubt(policy.act_batch(batch, [instruction] * samples, seeds), steps=steps)
+    chunks = sample_chunks(policy, observation, instruction, samples=samples, seed=seed)
+    return chunk_doubt(chunks, steps=steps)
 
 
 def ensemble_doubt(

@@ -1,0 +1,161 @@
+"""Looks for the policies that may come next, beside the one that runs: the registry's active
+version, and the shadow.
+
+Loading and checking take seconds, so a thread of its own does both. Nothing here changes what runs:
+the runner takes `candidate` when the contract allows. No ROS.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robot_bridge.core.chunking import Rows
+from robot_bridge.nodes.shadow import Proposal, Shadow
+from robot_bridge.nodes.versions import Loaded, Versions
+from trajectory_store.contract import Contract
+from vla_post.export.adoption import require_fit
+
+PERIOD_S = 1.0
+
+Probe = tuple[dict[str, np.ndarray], str]
+"""An observation and its instruction, on which a candidate is tried."""
+
+
+class Scout:
+    """Owns the thread, from `start` to `close`.
+
+    Args:
+        running: the policy of this moment.
+        probes: what it saw last.
+        ready: called from the thread when a candidate is there.
+        say_shadow: see `Shadow`.
+        complain: called with every refusal.
+        shadow: a folder, a version or `newest`; empty for none.
+        max_jump: see `vla_post.export.require_fit`; 0 switches that check off.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        versions: Versions,
+        *,
+        running: Callable[[], Loaded],
+        probes: Callable[[], Sequence[Probe]],
+        ready: Callable[[], object],
+        say_shadow: Callable[[Proposal, int, Rows, str], None],
+        complain: Callable[[str], object],
+        shadow: str = "",
+        shadow_log: Path | None = None,
+        max_jump: float = 0.0,
+    ) -> None:
+        self.candidate: Loaded | None = None
+        """Passed its checks and waits to be adopted; whoever adopts it sets this to None."""
+        self.shadow: Shadow | None = None
+        self.refusal = self.shadow_refusal = ""
+        self._contract, self._versions = contract, versions
+        self._running, self._probes, self._ready = running, probes, ready
+        self._say_shadow, self._complain = say_shadow, complain
+        self._shadow_wanted, self._shadow_log = shadow, shadow_log
+        self._max_jump = max_jump
+        self._refused: int | None = None
+        self._shadow_refused: int | None = None
+        self._stop, self._look_now = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="scout", daemon=True)
+
+    def start(self) -> None:
+        if self._versions.registry is not None or self._shadow_wanted:
+            self._thread.start()
+
+    def look_now(self) -> None:
+        """Also at what was refused before."""
+        self._refused = self._shadow_refused = None
+        self._look_now.set()
+
+    def close(self, patience_s: float = 5.0) -> None:
+        self._stop.set()
+        self._look_now.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=patience_s)
+        shadow, self.shadow = self.shadow, None
+        if shadow is not None:
+            shadow.close()
+
+    def diagnose(self) -> dict[str, Any]:
+        if self.shadow is not None:
+            values: dict[str, Any] = {"shadow_version": self.shadow.version}
+            return values | {f"shadow_{k}": v for k, v in self.shadow.record.summary().items()}
+        return {"shadow_refused": self.shadow_refusal} if self.shadow_refusal else {}
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            if self._versions.registry is not None:
+                self._look_for_active()
+            if self._shadow_wanted and not self._stop.is_set():
+                self._look_for_shadow()
+            self._look_now.wait(PERIOD_S)
+            self._look_now.clear()
+
+    def _look_for_active(self) -> None:
+        assert self._versions.registry is not None
+        number: int | None = None
+        try:
+            wanted = self._versions.wanted()
+            candidate, running = self.candidate, self._running()
+            known = {running.version, self._refused}
+            if candidate is not None:
+                known.add(candidate.version)
+            if wanted == running.version:
+                self.candidate = None  # taken back before this cell came to adopt it
+            if wanted is None:
+                raise FileNotFoundError(
+                    f"{self._versions.registry.location} has no active version any more; is it there?"
+                )
+            if wanted in known:
+                if self._refused is None:
+                    self.refusal = ""  # of a registry that could not be read, and can again
+                return
+            number = wanted
+            loaded = self._versions.version(number)
+            jump = self._max_jump or None
+            require_fit(
+                loaded.policy,
+                self._probes(),
+                self._contract.action,
+                running=running.policy if jump else None,
+                max_jump=jump,
+            )
+        except Exception as error:
+            # Whatever a version on disk does, the running one goes on.
+            self._refused = number
+            what = "the registry cannot be read" if number is None else f"version {number} refused"
+            refusal = f"{what}: {error}"
+            if refusal != self.refusal:
+                self._complain(refusal)
+            self.refusal = refusal
+            return
+        self.refusal, self.candidate = "", loaded
+        self._ready()
+
+    def _look_for_shadow(self) -> None:
+        """Loads the shadow that is asked for, and follows `newest`."""
+        before, number = self.shadow, None
+        try:
+            number = self._versions.resolve(self._shadow_wanted)
+            known = (self._shadow_refused, before.version if before else None)
+            if number is None or number in known:
+                return
+            loaded = self._versions.load(self._shadow_wanted, number)
+        except Exception as error:
+            self._shadow_refused = number
+            refusal = f"shadow {self._shadow_wanted!r} refused: {error}"
+            if refusal != self.shadow_refusal:
+                self._complain(refusal)
+            self.shadow_refusal = refusal
+            return
+        self.shadow_refusal = ""
+        self.shadow = Shadow(self._contract, loaded, self._say_shadow, self._shadow_log)
+        if before is not None:
+            before.close()
