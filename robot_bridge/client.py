@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,21 +24,26 @@ import numpy as np
 import rclpy
 import simplejpeg
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from rcl_interfaces.msg import Parameter as ParameterMessage
-from rcl_interfaces.msg import ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
-from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from robot_bridge.core.events import Event, EventError, parse_event
 from robot_bridge.dds import use_default_profile
 from robot_bridge.driving import Driving, Hand
-from robot_bridge.nodes.common import STEADY, best_effort, latched, reliable, stamp_ns
+from robot_bridge.nodes.common import (
+    STEADY,
+    Diagnose,
+    Diagnostics,
+    best_effort,
+    latched,
+    reliable,
+    stamp_ns,
+)
 from robot_bridge.nodes.streams import image_array
+from robot_bridge.requests import Requests
 from robot_bridge.snapshots import (
     Chunk,
     Frame,
@@ -53,33 +57,6 @@ from robot_bridge.snapshots import (
     read_state,
 )
 from trajectory_store.contract import Contract
-
-REQUESTS: Mapping[str, tuple[str, Any, dict[str, Any]]] = {
-    "start_episode": ("start_episode", Trigger, {}),
-    "success": ("end_episode", SetBool, {"data": True}),
-    "failure": ("end_episode", SetBool, {"data": False}),
-    "cancel": ("cancel_episode", Trigger, {}),
-    "reset_done": ("reset_done", Trigger, {}),
-    "takeover": ("set_intervention", SetBool, {"data": True}),
-    "hand_back": ("set_intervention", SetBool, {"data": False}),
-    "resume_policy": ("resume_policy", Trigger, {}),
-    "estop": ("estop", Trigger, {}),
-    "reset_estop": ("reset_estop", Trigger, {}),
-}
-"""What can be asked for: name -> service of the supervisor, its type and its fields."""
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A request whose answer has not come."""
-
-    client: Any
-    request: Any
-    what: str
-    deadline: float
-    reply: "Future[Reply]" = field(default_factory=Future)
-    call: Any = None
-    """None until the service was there."""
 
 
 class CellClient:
@@ -113,7 +90,6 @@ class CellClient:
         self._events: deque[Event] = deque(maxlen=1000)
         self._episode: dict[str, Any] | None = None
         self._listeners: list[Callable[[str, Any], None]] = []
-        self._pending: list[_Pending] = []
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._driving: Driving | None = None
@@ -134,11 +110,7 @@ class CellClient:
         )
         node = self._node
         self._watched: dict[str, Any] = {}
-        self._clients = {
-            service: node.create_client(kind, f"supervisor/{service}")
-            for service, kind, _ in REQUESTS.values()
-        }
-        self._parameters = node.create_client(SetParameters, "supervisor/set_parameters")
+        self._requests = Requests(node)
         subscribe = node.create_subscription
         subscribe(DiagnosticStatus, "arbiter/state", self._on_state, latched())
         # In lockstep a driver's answer moves the cell on, so no tick may be lost.
@@ -149,7 +121,7 @@ class CellClient:
         subscribe(String, "policy/active", self._on_active, latched())
         subscribe(String, "events", self._on_event, latched(200))
         subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, reliable(10))
-        node.create_timer(0.05, self._look_after_requests, clock=STEADY)
+        node.create_timer(0.05, self._requests.look_after, clock=STEADY)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(node)
         self._closing = False
@@ -279,7 +251,9 @@ class CellClient:
         instruction: str | None = None,
         timeout_s: float = 5.0,
     ) -> "Future[Reply]":
-        """Sends a request of `REQUESTS`; from any thread. The reply always comes, in `timeout_s`.
+        """Sends one of `robot_bridge.requests.REQUESTS`; from any thread.
+
+        The reply always comes, in `timeout_s`.
 
         Args:
             task, seed, operator, instruction: of `start_episode`: parameters of the supervisor, set
@@ -288,37 +262,9 @@ class CellClient:
         Raises:
             ValueError: no such request.
         """
-        if name not in REQUESTS:
-            raise ValueError(f"no request {name!r}; there are {', '.join(REQUESTS)}")
-        service, kind, fields = REQUESTS[name]
-        reply: Future[Reply] = Future()
         given = {"task": task, "seed": seed, "operator": operator, "instruction": instruction}
         values = {key: value for key, value in given.items() if value is not None}
-        deadline = time.monotonic() + timeout_s
-
-        def call(client: Any, request: Any, what: str) -> "Future[Reply]":
-            pending = _Pending(client, request, what, deadline)
-            self._pending.append(pending)
-            self._send(pending)
-            return pending.reply
-
-        def send() -> None:
-            answer = call(self._clients[service], kind.Request(**fields), service)
-            answer.add_done_callback(lambda done: reply.set_result(done.result()))
-
-        def configure() -> None:
-            parameters = [_parameter(key, value) for key, value in values.items()]
-            request = SetParameters.Request(parameters=parameters)
-            call(self._parameters, request, "set_parameters").add_done_callback(configured)
-
-        def configured(done: "Future[Reply]") -> None:
-            if done.result().success:
-                send()
-            else:
-                reply.set_result(done.result())
-
-        self._do(configure if values else send)
-        return reply
+        return self._requests.ask(name, values, timeout_s, self._do)
 
     def request(self, name: str, **options: Any) -> Reply:
         """`ask`, and waits for the reply. Not from the client's own thread."""
@@ -345,6 +291,10 @@ class CellClient:
                 self._driving.joints(self._joints)  # a lockstep cell stands still at this tick
 
         self._do(begin)
+
+    def report(self, diagnose: Diagnose) -> None:
+        """Publishes how this program is in /diagnostics, once a second; in the client's thread."""
+        self._do(lambda: setattr(self, "_diagnostics", Diagnostics(self._node, diagnose)))
 
     def release(self) -> None:
         """Lets go of the deadman and takes the publishers away."""
@@ -384,9 +334,7 @@ class CellClient:
             pass
         finally:
             self._end_drive()
-            for pending in self._pending:
-                pending.reply.set_result(Reply(False, f"{pending.what}: the client was closed"))
-            self._pending.clear()
+            self._requests.close()
             self._executor.shutdown()
             self._node.destroy_node()
             self._context.try_shutdown()
@@ -408,34 +356,6 @@ class CellClient:
             listener(kind, value)
         with self._changed:
             self._changed.notify_all()
-
-    def _send(self, pending: "_Pending") -> None:
-        """Once the service is there; `_look_after_requests` comes back until then."""
-        if pending.client.service_is_ready():
-            pending.call = pending.client.call_async(pending.request)
-            pending.call.add_done_callback(lambda call: self._answered(pending, call))
-
-    def _answered(self, pending: "_Pending", call: Any) -> None:
-        if pending in self._pending:
-            self._pending.remove(pending)
-            pending.reply.set_result(_as_reply(call.result()))
-
-    def _look_after_requests(self) -> None:
-        now = time.monotonic()
-        for pending in list(self._pending):
-            if now >= pending.deadline:
-                self._pending.remove(pending)
-                if pending.call is not None:
-                    pending.client.remove_pending_request(pending.call)
-                pending.reply.set_result(
-                    Reply(
-                        False,
-                        f"{self.namespace}/supervisor/{pending.what} does not answer; is the cell "
-                        "up, and in this ROS domain (ROS_DOMAIN_ID)?",
-                    )
-                )
-            elif pending.call is None:
-                self._send(pending)
 
     # What arrives
 
@@ -499,19 +419,3 @@ class CellClient:
         if self._driving is not None:
             self._driving.close()
             self._driving = None
-
-
-def _as_reply(response: Any) -> Reply:
-    if isinstance(response, SetParameters.Response):
-        results: Any = response.results
-        refused = [str(result.reason) for result in results if not result.successful]
-        return Reply(not refused, "; ".join(refused))
-    return Reply(bool(response.success), str(response.message))
-
-
-def _parameter(name: str, value: str | int) -> ParameterMessage:
-    if isinstance(value, str):
-        content = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=value)
-    else:
-        content = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=value)
-    return ParameterMessage(name=name, value=content)

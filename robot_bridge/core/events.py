@@ -17,7 +17,8 @@ class EventType(StrEnum):
     EPISODE_START = "episode_start"
     """episode, task, instruction, operator, seed, start_stamp_ns."""
     EPISODE_END = "episode_end"
-    """episode, outcome (success, failure, aborted), truncated, reason, end_stamp_ns."""
+    """episode, truncated, reason, end_stamp_ns, and outcome: success, failure, aborted (somebody or
+    the supervisor ended it) or interrupted (it cannot have gone on as one)."""
     SUCCESS = "success"
     FAILURE = "failure"
     TAKEOVER = "takeover"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robot_bridge.core.align import CLOCK_JUMP_NS, Aligner
-from robot_bridge.core.arbiter import Chunk
+from robot_bridge.core.chunks import Chunk
 from trajectory_store.contract import Contract
 from trajectory_store.schema import Source, Tick
 
@@ -35,6 +35,7 @@ class Ending:
     stamp_ns: int
     outcome: str
     truncated: bool = False
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,14 @@ class EpisodeAssembler:
     def ending(self) -> bool:
         """`end` was called and `finish` not yet."""
         return self._ending is not None
+
+    @property
+    def problems(self) -> list[str]:
+        """Why an episode that was interrupted was."""
+        ending = self._ending
+        if ending is None or ending.outcome != "interrupted" or not ending.reason:
+            return []
+        return [ending.reason]
 
     @property
     def outcome(self) -> str:

@@ -20,9 +20,10 @@ from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from robot_bridge.core.arbiter import NEEDS_CHUNK, Arbiter, Decision, Mode
+from robot_bridge.core.arbiter import NEEDS_CHUNK, Arbiter
 from robot_bridge.core.events import EventError, EventType, parse_event
 from robot_bridge.core.joints import JointReader, NamesError
+from robot_bridge.core.modes import Decision, Mode
 from robot_bridge.nodes.common import (
     STEADY,
     CellNode,
@@ -58,6 +59,12 @@ class ArbiterNode(CellNode):
         self._pending_ns: int | None = None
         self._pending_since = 0.0
         self._last_ns = 0
+        self._event_seq = 0
+        self._robots: set[bytes] = set()
+        """Every publisher of joint states that was ever there, by its DDS identity: a driver that
+        is started again gets another one."""
+        self._robot = ""
+        """The newest of them."""
         self._said: tuple[Any, ...] = ()
 
         self._command: Any
@@ -77,8 +84,11 @@ class ArbiterNode(CellNode):
         )
         self._state_publisher = self.create_publisher(DiagnosticStatus, "arbiter/state", latched())
         self._estop_publisher = self.create_publisher(Bool, "safety/estop", latched())
+        self._joints = self.create_subscription(
+            JointState, ROBOT_TOPIC, self._on_joint_state, reliable(10)
+        )
         self._subscriptions_made = [
-            self.create_subscription(JointState, ROBOT_TOPIC, self._on_joint_state, reliable(10)),
+            self._joints,
             self.create_subscription(
                 JointTrajectory, "policy/action_chunk", self._on_chunk, reliable(1)
             ),
@@ -189,6 +199,7 @@ class ArbiterNode(CellNode):
         except EventError as error:
             self.get_logger().warning(str(error))
             return
+        self._event_seq = event.seq
         if event.type == EventType.EPISODE_START:
             start = event.integer("start_stamp_ns")
             self.core.episode_started(event.text("operator"), start)
@@ -196,6 +207,7 @@ class ArbiterNode(CellNode):
         elif event.type == EventType.EPISODE_END:
             self.core.episode_ended()
             self._in_episode = not self.lockstep
+        self._say_state(only_if_changed=True)
         self._try_tick()
 
     # Requests
@@ -209,6 +221,7 @@ class ArbiterNode(CellNode):
         if not self.live:
             response.success, response.message = False, "the arbiter is not active"
             return response
+        self._look_at_robot()  # a new one, noticed after this, would stop the policy again
         return self._answer(response, self.core.resume(self._next_tick_ns(), self._now_s()))
 
     def _on_estop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -298,11 +311,29 @@ class ArbiterNode(CellNode):
                 f"{others} other publisher of {self._command_publisher.topic_name}; "
                 "one arbiter drives a cell"
             )
+        self._look_at_robot()
         self._try_tick()
+
+    def _look_at_robot(self) -> None:
+        found = {
+            bytes(publisher.endpoint_gid)
+            for publisher in self.get_publishers_info_by_topic(self._joints.topic_name)
+        }
+        new = found - self._robots
+        if new:
+            if self._robots:
+                self.core.robot_restarted()
+            self._robots |= new
+            self._robot = min(new).hex()
+            self._say_state()
+        elif not found and self._robots and self.core.mode in (Mode.POLICY, Mode.HUMAN):
+            self.core.robot_gone()
 
     def _say_state(self, *, only_if_changed: bool = False) -> None:
         core = self.core
-        said = (core.mode, core.phase, core.reason, core.operator, core.fresh_ns)
+        said = (
+            core.mode, core.phase, core.reason, core.operator, core.fresh_ns, self._event_seq
+        )  # fmt: skip
         if (only_if_changed and said == self._said) or not self.live:
             return
         self._said = said
@@ -320,6 +351,8 @@ class ArbiterNode(CellNode):
             "chunk_age_ms": f"{core.chunk_age_ns / 1e6:.1f}",
             "stamp_ns": self._last_ns,
             "fresh_ns": core.fresh_ns,
+            "event_seq": self._event_seq,
+            "robot": self._robot,
             "late_chunks": core.late_chunks,
         } | {f"clipped_{joint}": count for joint, count in core.gate.counts.items()}
         state.values = [KeyValue(key=k, value=str(v)) for k, v in values.items()]

@@ -21,6 +21,8 @@ from rclpy.signals import SignalHandlerOptions
 from robot_bridge.dds import use_default_profile
 from trajectory_store.contract import Contract, ContractError, load_contract
 
+Diagnose = Callable[[], tuple[bytes, str, dict[str, Any]]]
+"""Level, one line, values."""
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
 DELIVERY_S = 2.0
 """A reader that has died is waited for at most so long."""
@@ -59,6 +61,29 @@ def deliver(publisher: Any) -> None:
     publisher.wait_for_all_acked(Duration(seconds=DELIVERY_S))
 
 
+class Diagnostics:
+    """Publishes once a second, in /diagnostics, how a node is. Every node of a cell has one.
+
+    Args:
+        diagnose: -> level, one line, values.
+    """
+
+    def __init__(self, node: Node, diagnose: Diagnose) -> None:
+        self._node, self._diagnose = node, diagnose
+        name = f"{node.get_namespace()}/{node.get_name()}".replace("//", "/")
+        self._status = DiagnosticStatus(name=name)
+        self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", reliable(10))
+        node.create_timer(1.0, self.publish, clock=STEADY)
+
+    def publish(self) -> None:
+        level, text, values = self._diagnose()
+        self._status.level, self._status.message = level, text
+        self._status.values = [KeyValue(key=k, value=str(v)) for k, v in values.items()]
+        message = DiagnosticArray(status=[self._status])
+        set_stamp(message.header.stamp, self._node.get_clock().now().nanoseconds)
+        self._publisher.publish(message)
+
+
 class UserError(Exception):
     """A mistake in parameters or files; the message is all that the user sees."""
 
@@ -87,9 +112,7 @@ class CellNode(LifecycleNode):
         self.lockstep = bool(self.contract.sim.get("lockstep", False))
         if self.lockstep:
             self.set_parameters([Parameter("use_sim_time", value=False)])
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", reliable(10))
-        self._status = DiagnosticStatus(name=f"{self.get_namespace()}/{name}".replace("//", "/"))
-        self.create_timer(1.0, self._publish_diagnostics, clock=STEADY)
+        self._diagnostics = Diagnostics(self, self._how_it_is)
 
     # For subclasses
 
@@ -168,15 +191,11 @@ class CellNode(LifecycleNode):
         self._problem_text = text
         self.get_logger().error(text)
 
-    def _publish_diagnostics(self) -> None:
+    def _how_it_is(self) -> tuple[bytes, str, dict[str, Any]]:
         level, text, values = self.diagnose()
         if not self.live:
             level, text = DiagnosticStatus.STALE, self._problem_text or "not active"
-        self._status.level, self._status.message = level, text
-        self._status.values = [KeyValue(key=k, value=str(v)) for k, v in values.items()]
-        message = DiagnosticArray(status=[self._status])
-        set_stamp(message.header.stamp, self.get_clock().now().nanoseconds)
-        self._diagnostics.publish(message)
+        return level, text, values
 
 
 def run(make: Callable[[], Node], arguments: list[str] | None = None) -> int:

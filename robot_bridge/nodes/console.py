@@ -7,10 +7,13 @@ Parameters: `contract`, `store`, `registry`, `metrics`, `host`, `port`, `allow_r
 go to `address_file`, never to the log.
 """
 
+import contextlib
 import itertools
 import logging
 import os
 import sys
+import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,47 @@ def read_parameters(arguments: list[str]) -> tuple[str, dict[str, Any], dict[str
     rules = [b for a, b in itertools.pairwise(arguments) if a in ("-r", "--remap")]
     pairs = [rule.split(":=", 1) for rule in rules if ":=" in rule and not rule.startswith("__")]
     return namespace, values, {source: target for source, target in pairs}
+
+
+@contextlib.contextmanager
+def heartbeat(namespace: str) -> Generator[None]:
+    """Says in /diagnostics that the console is there; it listens to a cell only while somebody
+    looks at it."""
+    import rclpy
+    from diagnostic_msgs.msg import DiagnosticStatus
+    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+    from rclpy.signals import SignalHandlerOptions
+
+    from robot_bridge.nodes.common import Diagnostics
+
+    context, stop = rclpy.Context(), threading.Event()
+    rclpy.init(args=[], context=context, signal_handler_options=SignalHandlerOptions.NO)
+    node = rclpy.create_node(
+        "console",
+        namespace=namespace,
+        context=context,
+        start_parameter_services=False,
+        enable_rosout=False,
+    )
+    _diagnostics = Diagnostics(node, lambda: (DiagnosticStatus.OK, "", {}))
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+
+    def spin() -> None:
+        with contextlib.suppress(ExternalShutdownException):
+            while not stop.is_set():
+                executor.spin_once(timeout_sec=0.5)
+
+    thread = threading.Thread(target=spin, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        executor.shutdown()
+        node.destroy_node()
+        context.try_shutdown()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
             token_file=path("token_file"),
             address_file=path("address_file"),
         )
-        serve(config, ready)
+        with heartbeat(namespace):
+            serve(config, ready)
     except (ValueError, OSError) as error:
         print(f"console: {error}", file=sys.stderr)
         return USER_MISTAKE

@@ -12,13 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
 from sensor_msgs.msg import JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from robot_bridge.core.arbiter import POLICY_ERROR, Chunk
+from robot_bridge.core.chunks import ChunkReader
 from robot_bridge.core.events import Event, EventError, EventType, parse_event
 from robot_bridge.core.joints import JointReader, NamesError
 from robot_bridge.core.record import Ending, EpisodeAssembler
@@ -74,7 +73,7 @@ class RecorderNode(CellNode):
         self._problem = ""
         self._action = JointReader(self.contract.action.names, exact=True)
         self._target = JointReader(self.contract.action.names, exact=True)
-        self._points = JointReader(self.contract.action.names, exact=True)
+        self._chunks = ChunkReader(self.contract)
         self._streams = Streams(
             self,
             self.contract,
@@ -156,18 +155,17 @@ class RecorderNode(CellNode):
         self._drain()
 
     def _on_chunk(self, message: JointTrajectory) -> None:
-        frame = message.header.frame_id
-        version, _, number = frame.partition("#")
-        if frame.startswith(POLICY_ERROR) or not (version.isdecimal() and number.isdecimal()):
-            return
+        points: Any = message.points
         try:
-            points = np.stack(
-                [self._points.read(message.joint_names, p.positions) for p in message.points]
+            chunk = self._chunks.read(
+                stamp_ns(message.header.stamp),
+                message.joint_names,
+                [point.positions for point in points],
+                message.header.frame_id,
             )
-        except (NamesError, ValueError):
+        except ValueError:
             return  # the arbiter refuses it too, and says so
-        stamp = stamp_ns(message.header.stamp)
-        self._assembler.chunk(Chunk(stamp, int(version), int(number), points))
+        self._assembler.chunk(chunk)
 
     def _on_target(self, message: JointState) -> None:
         try:
@@ -262,7 +260,10 @@ class RecorderNode(CellNode):
         same = event.text("episode") == self._episode.text("episode")
         if event.type == EventType.EPISODE_START or not same:
             # The supervisor was restarted and the end of our episode was never told.
-            self._assembler.end(Ending(event.stamp_ns - 1, Outcome.INTERRUPTED), now)
+            self._assembler.end(
+                Ending(event.stamp_ns - 1, Outcome.INTERRUPTED, reason="its end was never told"),
+                now,
+            )
             self._waiting.appendleft((event, history))
             return
         self._assembler.end(
@@ -270,12 +271,13 @@ class RecorderNode(CellNode):
                 event.integer("end_stamp_ns", event.stamp_ns),
                 event.text("outcome", Outcome.INTERRUPTED),
                 event.fields.get("truncated") is True,
+                event.text("reason"),
             ),
             now,
         )
 
     def _finish(self) -> None:
-        outcome = self._assembler.outcome
+        outcome, problems = self._assembler.outcome, self._assembler.problems
         last, rates = self._assembler.finish()
         if last is not None:
             self._append(last)
@@ -284,7 +286,7 @@ class RecorderNode(CellNode):
         if not self._begun:
             self.get_logger().warning(f"episode {uuid} has no rows; nothing was stored")
             return
-        problems = [str(rate) for rate in rates if not rate.good]
+        problems += [str(rate) for rate in rates if not rate.good]
         try:
             self._writer.end_episode(Outcome(outcome), problems=problems)
         except (StoreError, ValueError) as error:

@@ -14,9 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from lifecycle_msgs.msg import State, Transition
-from lifecycle_msgs.srv import ChangeState, GetState
+from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.node import Node
@@ -37,15 +35,15 @@ from robot_bridge.core.events import (
 )
 from robot_bridge.nodes.common import (
     STEADY,
+    Diagnostics,
     UserError,
     deliver,
     latched,
-    monotonic_s,
     reliable,
     run,
-    set_stamp,
     stamp_ns,
 )
+from robot_bridge.nodes.ward import Ward
 from trajectory_store.contract import load_contract
 
 ANSWER_S = 2.0
@@ -82,18 +80,28 @@ class SupervisorNode(Node):
         self._reset_is_done = False
         self._newest_ns = 0
         self._watched_ns = 0
-        self._mode = ""
+        self._mode = self._robot = ""
+        self._ended_seq = self._arbiter_seq = 0
+        """Number of the event that ended the last episode, and of the last event that the arbiter
+        has heard."""
+        self._hearing: list[Future] = []
+        """Set when the arbiter has heard of that end."""
         self._version: int | None = None
         self._events = self.create_publisher(String, "events", latched(200))
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", reliable(10))
         if self.lockstep:  # elsewhere the clock tells the time, and 500 messages a second do not
             on_joint_state: Any = self._on_joint_state
             self.create_subscription(JointState, "joint_states", on_joint_state, reliable(10))
-        self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched())
+        # A service that awaits holds the default group; what it waits for comes in through another.
+        self._forwarding = ReentrantCallbackGroup()
+        self.create_subscription(
+            DiagnosticStatus,
+            "arbiter/state",
+            self._on_state,
+            latched(),
+            callback_group=self._forwarding,
+        )
         self.create_subscription(String, "policy/active", self._on_active, latched())
         self.create_subscription(String, "operator/notes", self._on_note, reliable(50))
-        # A service that awaits holds the default group; the answer must come in through another.
-        self._forwarding = ReentrantCallbackGroup()
         self._arbiter = {
             name: self.create_client(kind, f"arbiter/{name}", callback_group=self._forwarding)
             for name, kind in (
@@ -108,14 +116,19 @@ class SupervisorNode(Node):
         self.create_service(Trigger, "~/cancel_episode", self._on_cancel_episode)
         on_reset_done: Any = self._on_reset_done
         self.create_service(Trigger, "~/reset_done", on_reset_done)
-        self.create_service(SetBool, "~/set_intervention", self._on_set_intervention)
-        self.create_service(Trigger, "~/resume_policy", self._on_resume_policy)
-        self.create_service(Trigger, "~/estop", self._on_estop)
-        self.create_service(Trigger, "~/reset_estop", self._on_reset_estop)
-        self._wards = [_Ward(self, str(name)) for name in names or []] if self._manage else []
+        # In a group that nothing holds: a stop must not wait until another request was answered.
+        forwarded: tuple[tuple[str, Any, Any], ...] = (
+            ("set_intervention", SetBool, self._on_set_intervention),
+            ("resume_policy", Trigger, self._on_resume_policy),
+            ("estop", Trigger, self._on_estop),
+            ("reset_estop", Trigger, self._on_reset_estop),
+        )
+        for name, kind, answer in forwarded:
+            self.create_service(kind, f"~/{name}", answer, callback_group=self._forwarding)
+        self._wards = [Ward(self, str(name), self.say) for name in (names or []) if self._manage]
         if self._wards:
             self.create_timer(0.1, self._look_after, clock=STEADY)
-        self.create_timer(1.0, self._publish_diagnostics, clock=STEADY)
+        self._diagnostics = Diagnostics(self, self.diagnose)
         if not self.lockstep:
             self.create_timer(0.05, self._watch_time)
 
@@ -223,7 +236,7 @@ class SupervisorNode(Node):
             return
         self._reset_is_done = False
         if self.get_parameter("auto_resume").value:
-            answer = await self._forward("resume_policy", Trigger.Request())
+            answer = await self._forward_in_order("resume_policy", Trigger.Request())
             if not answer.success:
                 self.get_logger().warning(f"auto_resume: {answer.message}")
         if self._episode is not episode:
@@ -270,6 +283,7 @@ class SupervisorNode(Node):
             reason=reason,
             end_stamp_ns=end,
         )
+        self._ended_seq = self._writer.seq
 
     async def _on_joint_state(self, message: JointState) -> None:
         stamp = stamp_ns(message.header.stamp)
@@ -305,6 +319,17 @@ class SupervisorNode(Node):
         values: dict[str, str] = {}
         for pair in message.values:
             values[pair.key] = pair.value
+        self._arbiter_seq = int(values.get("event_seq", 0))
+        if self._arbiter_seq >= self._ended_seq:
+            hearing, self._hearing = self._hearing, []
+            for future in hearing:
+                if not future.done():
+                    future.set_result(True)
+        robot, known = values.get("robot", ""), self._robot
+        self._robot = robot or known
+        if known and self._robot != known and self._started and self._episode is not None:
+            # It goes on in another scene, or from where somebody moved it: not this episode.
+            self._finish("interrupted", reason="the robot was restarted")
         mode, before = values.get("mode", ""), self._mode
         self._mode = mode
         if mode == before:
@@ -345,16 +370,29 @@ class SupervisorNode(Node):
     # Requests that the arbiter answers
 
     async def _on_set_intervention(self, request: Any, response: Any) -> Any:
-        return _copy(response, await self._forward("set_intervention", request))
+        forward = self._forward_in_order if request.data else self._forward
+        return _copy(response, await forward("set_intervention", request))
 
     async def _on_resume_policy(self, request: Any, response: Any) -> Any:
-        return _copy(response, await self._forward("resume_policy", request))
+        return _copy(response, await self._forward_in_order("resume_policy", request))
 
     async def _on_estop(self, request: Any, response: Any) -> Any:
         return _copy(response, await self._forward("estop", request))
 
     async def _on_reset_estop(self, request: Any, response: Any) -> Any:
         return _copy(response, await self._forward("reset_estop", request))
+
+    async def _forward_in_order(self, name: str, request: Any) -> Any:
+        """`_forward`, once the arbiter has heard of the last episode's end.
+
+        Requests and events travel apart. An arbiter that heard of the end after the request would
+        stop whom the request had just let drive. One that stays silent about it is asked anyway.
+        """
+        if self._arbiter_seq < self._ended_seq:
+            heard = Future(executor=self.executor)
+            self._hearing.append(heard)
+            await self._patiently(heard, False)
+        return await self._forward(name, request)
 
     async def _forward(self, name: str, request: Any) -> Any:
         """The arbiter's answer, or a refusal when it does not come."""
@@ -369,17 +407,22 @@ class SupervisorNode(Node):
             if not answer.done():
                 answer.set_result(future.result())
 
-        def late() -> None:
-            self.destroy_timer(timer)
-            if not answer.done():
-                client.remove_pending_request(call)
-                answer.set_result(silent)
-
         call.add_done_callback(done)
+        result = await self._patiently(answer, silent)
+        if result is silent:
+            client.remove_pending_request(call)
+        return result
+
+    async def _patiently(self, answer: Future, otherwise: Any) -> Any:
+        """The future's result, or `otherwise` when it takes longer than `ANSWER_S`."""
+
+        def late() -> None:
+            if not answer.done():
+                answer.set_result(otherwise)
+
         timer = self.create_timer(ANSWER_S, late, callback_group=self._forwarding, clock=STEADY)
         result = await answer
-        if not timer.is_canceled() and result is not silent:
-            self.destroy_timer(timer)
+        self.destroy_timer(timer)
         return result
 
     # Lifecycle
@@ -393,120 +436,13 @@ class SupervisorNode(Node):
                 ward.raise_up()
                 return
 
-    def _publish_diagnostics(self) -> None:
-        message = DiagnosticArray()
-        set_stamp(message.header.stamp, self.get_clock().now().nanoseconds)
-        values = {ward.name: "active" if ward.active else "not active" for ward in self._wards}
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        values: dict[str, Any] = {
+            ward.name: "active" if ward.active else "not active" for ward in self._wards
+        }
         down = [name for name, state in values.items() if state != "active"]
-        message.status = [
-            DiagnosticStatus(
-                level=DiagnosticStatus.ERROR if down else DiagnosticStatus.OK,
-                name=f"{self.get_namespace()}/supervisor",
-                message=f"not active: {', '.join(down)}" if down else "",
-                values=[KeyValue(key=k, value=v) for k, v in values.items()],
-            )
-        ]
-        self._diagnostics.publish(message)
-
-
-class _Ward:
-    """One lifecycle node under the supervisor's care."""
-
-    LOOK_S = 0.5
-    SILENCE_S = 2.0
-    """Without an answer for this long an active node counts as lost. DDS itself takes 5 s to miss
-    a killed process, and never misses a hung one."""
-    LOST_S = 5.0
-    """A transition was lost, with the process that was asked, when a node has answered other
-    questions without a pause for so long and not this one. One that is busy (loading a policy takes
-    minutes on a busy machine) answers nothing; asking it again would end in a transition that is
-    not allowed any more, which ends the node."""
-
-    def __init__(self, node: SupervisorNode, name: str) -> None:
-        self.name, self._node = name, node
-        self.state = State.PRIMARY_STATE_UNKNOWN
-        self._get = node.create_client(GetState, f"{name}/get_state")
-        self._change = node.create_client(ChangeState, f"{name}/change_state")
-        self._asked_at = self._changed_at = -1e9
-        self._question: Any = None
-        self._asking = self._changing = False
-        self._answers_since = self._answered_at = -1e9
-        """It answers without a pause from then to then."""
-
-    @property
-    def active(self) -> bool:
-        return self.state == State.PRIMARY_STATE_ACTIVE
-
-    def look(self) -> None:
-        now = monotonic_s()
-        if not self._get.service_is_ready():
-            self._lose("gone")
-            self._asking = self._changing = False
-            return
-        if self._asking:
-            if now - self._asked_at < self.SILENCE_S:
-                return
-            self._get.remove_pending_request(self._question)
-            # A node that is busy with a transition (loading a policy) may be silent for long.
-            if not self._changing:
-                self._lose("silent")
-        period = self.LOOK_S if self.active else 0.1
-        if now - self._asked_at < period:
-            return
-        self._asked_at, self._asking = now, True
-        self._question = self._get.call_async(GetState.Request())
-        self._question.add_done_callback(self._on_state)
-
-    def _on_state(self, future: Any) -> None:
-        self._asking = False
-        if future.result() is None:
-            return
-        now = monotonic_s()
-        if now - self._answered_at > self.SILENCE_S or self._answers_since < self._changed_at:
-            self._answers_since = now
-        self._answered_at = now
-        state = future.result().current_state.id
-        if state == self.state:
-            return
-        was_active, self.state = self.active, state
-        if self.active:
-            self._node.say(EventType.NODE, node=self.name, state="active")
-        elif was_active:
-            self._node.say(EventType.NODE, node=self.name, state="lost")
-
-    def _lose(self, state: str) -> None:
-        if self.active:
-            self._node.say(EventType.NODE, node=self.name, state="lost")
-            self._node.get_logger().error(f"{self.name} is {state}")
-        self.state = State.PRIMARY_STATE_UNKNOWN
-
-    def raise_up(self) -> None:
-        transition = {
-            State.PRIMARY_STATE_UNCONFIGURED: Transition.TRANSITION_CONFIGURE,
-            State.PRIMARY_STATE_INACTIVE: Transition.TRANSITION_ACTIVATE,
-        }.get(self.state)
-        now = monotonic_s()
-        answers_for_s = self._answered_at - max(self._answers_since, self._changed_at)
-        if transition is None or (self._changing and answers_for_s < self.LOST_S):
-            return
-        if now - self._changed_at < 0.5 and not self._changing and self._failed:
-            return  # it refused just now; its own log says why
-        self._changing, self._changed_at = True, now
-        request = ChangeState.Request(transition=Transition(id=transition))
-        self._change.call_async(request).add_done_callback(self._on_changed)
-
-    _failed = False
-
-    def _on_changed(self, future: Any) -> None:
-        self._changing = False
-        self._failed = not future.result().success
-        self._asked_at = -1e9
-        self.state = State.PRIMARY_STATE_UNKNOWN
-        if self._failed:
-            self._changed_at = monotonic_s()
-            self._node.get_logger().warning(
-                f"{self.name} refused a transition; its log says why", throttle_duration_sec=5.0
-            )
+        level = DiagnosticStatus.ERROR if down else DiagnosticStatus.OK
+        return level, f"not active: {', '.join(down)}" if down else "", values
 
 
 def _reply(response: Any, success: bool, message: str) -> Any:

@@ -23,12 +23,13 @@ from typing import Any
 
 import rclpy
 import yaml
+from diagnostic_msgs.msg import DiagnosticStatus
 from pydantic import TypeAdapter, ValidationError
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import JointState
 
 from robot_bridge.client import CellClient
-from robot_bridge.core.arbiter import Mode
+from robot_bridge.core.modes import Mode
 from robot_bridge.core.teleop import (
     KeyMap,
     KeyMapError,
@@ -82,6 +83,7 @@ class TeleopSession:
         if leader is not None:
             client.subscribe(JointState, leader_topic, self._on_leader)
         client.drive(self._hand, operator=operator)
+        client.report(self.diagnose)
 
     def status(self) -> str:
         """One line for people."""
@@ -96,6 +98,12 @@ class TeleopSession:
             self.reply,
         ]
         return " | ".join(part for part in parts if part)
+
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        """Level, one line, values."""
+        level = DiagnosticStatus.WARN if self.problem else DiagnosticStatus.OK
+        values = {"deadman": self._held, "device": type(self.device).__name__}
+        return level, self.problem, values | ({"reply": self.reply} if self.reply else {})
 
     _held = False
 

@@ -13,10 +13,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.node import Node
 from std_msgs.msg import String
 
-from robot_bridge.nodes.common import STEADY, UserError, latched, monotonic_s, reliable, run
+from robot_bridge.nodes.common import (
+    STEADY,
+    Diagnostics,
+    UserError,
+    latched,
+    monotonic_s,
+    reliable,
+    run,
+)
 from sim.attention import Attention
 
 WANTED, GRANTED = "/fleet/attention/wanted", "/fleet/attention/granted"
@@ -37,6 +46,7 @@ class AttentionNode(Node):
         self._granted = self.create_publisher(String, GRANTED, latched())
         self.create_subscription(String, WANTED, self._on_wanted, reliable(100))
         self.create_timer(1.0, self._look, clock=STEADY)
+        self._diagnostics = Diagnostics(self, self.diagnose)
         self._say()
 
     def close(self) -> None:
@@ -50,6 +60,11 @@ class AttentionNode(Node):
                 "longest_wait_s": round(max(figures.waits_s, default=0.0), 3),
             }
             Path(self._figures).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        attention = self._attention
+        values = {"attended": len(attention.granted), "waiting": len(attention.waiting)}
+        return DiagnosticStatus.OK, "", values
 
     def _on_wanted(self, message: String) -> None:
         try:

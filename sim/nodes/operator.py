@@ -31,6 +31,7 @@ from std_srvs.srv import SetBool, Trigger
 
 from robot_bridge.nodes.common import (
     STEADY,
+    Diagnostics,
     UserError,
     latched,
     reliable,
@@ -123,6 +124,7 @@ class OperatorNode(Node):
         self.create_subscription(JointState, SCENE_TOPIC, self._on_scene, reliable(10))
         self.create_subscription(JointState, "arbiter/executed", self._on_executed, reliable(50))
         self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched())
+        self._diagnostics = Diagnostics(self, self.diagnose)
         self._waiting = self.create_timer(0.2, self._wait_for_services, clock=STEADY)
         self.create_subscription(String, "events", self._on_event, latched(200))
         self._shared = bool(self._parameter("shared_attention", False))
@@ -132,6 +134,18 @@ class OperatorNode(Node):
             self._wanted = self.create_publisher(String, WANTED, reliable(10))
             self.create_subscription(String, GRANTED, self._on_granted, latched())
             self.create_timer(1.0, self._say_wants, clock=STEADY)
+
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        values = {
+            "episode": self._number,
+            "episodes": self._episodes,
+            "takeovers": self._operator.takeovers,
+            "human_ticks": self._human_ticks,
+            "ticks": self._ticks,
+        }
+        waits = "waits for attention" if self._wants and not self._attended else ""
+        level = DiagnosticStatus.WARN if self._fault else DiagnosticStatus.OK
+        return level, f"the arbiter stopped: {self._fault}" if self._fault else waits, values
 
     # Attention -----------------------------------------------------------------------------------
 

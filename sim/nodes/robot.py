@@ -4,6 +4,8 @@
 
 Publishes /clock, `joint_states`, `sim/scene_state` and `cameras/...`, all stamped with the tick's
 time k * dt, which grows over resets and never goes back. Obeys `command` and the `reset` events.
+A robot that was started anew goes on in the cell's time, but never with an episode of the one
+before: its scene is another.
 
 In lockstep (`sim.lockstep` in the contract) tick k + 1 follows when the command stamped k * dt has
 arrived; between episodes everything stands still. Otherwise a wall timer drives it at
@@ -14,11 +16,13 @@ import array
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus
 from jaxtyping import Float
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -30,6 +34,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from robot_bridge.nodes.common import (
     STEADY,
+    Diagnostics,
     UserError,
     latched,
     monotonic_s,
@@ -44,6 +49,8 @@ from trajectory_store import Contract, load_contract
 
 REPUBLISH_AFTER_S = 2.0
 """Lockstep: a tick that nobody answered is said again, for an arbiter that was restarted."""
+HISTORY_S = 0.5
+"""The robot begins when it has been told nothing old for so long."""
 
 
 class RobotNode(Node):
@@ -88,7 +95,7 @@ class RobotNode(Node):
         self._sent: np.ndarray | None = None
         self._said_at = monotonic_s()
 
-        self._clock = self.create_publisher(ClockMessage, "/clock", reliable(1))
+        self._time = self.create_publisher(ClockMessage, "/clock", reliable(1))
         self._clock_message = ClockMessage()
         self._voices = [
             _Voice(self.create_publisher(JointState, topic, reliable(10)), stream)
@@ -100,7 +107,18 @@ class RobotNode(Node):
         self._reset_done = self.create_client(Trigger, "supervisor/reset_done")
         topic = self.contract.action.topic
         self.create_subscription(JointTrajectory, topic, self._on_command, reliable(1))
-        self.create_subscription(String, "events", self._on_event, latched(200))
+        self._born_ns, self._told_s = time.time_ns(), monotonic_s()
+        """What was published before is history, told again to a late joiner."""
+        self._caught_up = False
+        self._missed: dict[str, Any] | None = None
+        """A reset that was asked for before we were there, and has not been answered."""
+        on_event: Any = self._on_event
+        self.create_subscription(String, "events", on_event, latched(200))
+        self._past = self.create_subscription(
+            DiagnosticStatus, "arbiter/state", self._on_arbiter, latched()
+        )
+        self._catching_up = self.create_timer(HISTORY_S / 2, self._catch_up, clock=STEADY)
+        self._diagnostics = Diagnostics(self, self.diagnose)
         if self.lockstep:
             self.create_timer(REPUBLISH_AFTER_S / 4, self._say_again, clock=STEADY)
         else:
@@ -126,18 +144,54 @@ class RobotNode(Node):
     def stamp_ns(self) -> int:
         return self.tick * self._dt_ns
 
+    def diagnose(self) -> tuple[bytes, str, dict[str, Any]]:
+        values: dict[str, Any] = {
+            "tick": self.tick,
+            "episode": self._episode or "",
+            "running": self._running,
+        }
+        values |= {f"refused {reason}": count for reason, count in self.refused.items()}
+        return DiagnosticStatus.OK, "", values
+
+    # What was before -----------------------------------------------------------------------------
+
+    def _on_arbiter(self, message: DiagnosticStatus) -> None:
+        """How late it is in the cell."""
+        for pair in message.values:
+            if pair.key == "stamp_ns":
+                self._be_no_earlier_than(int(pair.value))
+
+    def _be_no_earlier_than(self, ns: int) -> None:
+        if not self._running and ns > self.stamp_ns:
+            self.tick = math.ceil(ns / self._dt_ns)
+
+    def _catch_up(self) -> None:
+        if monotonic_s() - self._told_s < HISTORY_S:
+            return
+        self.destroy_timer(self._catching_up)
+        self.destroy_subscription(self._past)
+        self._caught_up = True
+        if self._missed is not None:
+            self._reset(self._missed)
+
     # Episodes ------------------------------------------------------------------------------------
 
-    def _on_event(self, message: String) -> None:
+    def _on_event(self, message: String, info: Any) -> None:
         try:
             event = json.loads(message.data)
             kind, said_ns = event["type"], int(event.get("stamp_ns", 0))
         except (ValueError, KeyError, TypeError):
             self._refuse("event that is not JSON with a type")
             return
-        if not self._running and said_ns > self.stamp_ns:
-            # A restarted robot goes on where the cell's time had been.
-            self.tick = math.ceil(said_ns / self._dt_ns)
+        self._be_no_earlier_than(said_ns)
+        missed = self._missed
+        if missed is not None and (kind == "reset" or event.get("episode") == missed["episode"]):
+            self._missed = None  # another came, or another robot answered
+        if info["source_timestamp"] < self._born_ns:
+            self._told_s = monotonic_s()
+            if kind == "reset" and "episode" in event:
+                self._missed = event
+            return
         if kind == "reset":
             self._reset(event)
         elif kind == "episode_start" and event.get("episode") == self._episode:
@@ -189,6 +243,8 @@ class RobotNode(Node):
             self._step(command)
 
     def _on_timer(self) -> None:
+        if not self._caught_up:
+            return
         fresh = monotonic_s() - self._command_at <= self._command_timeout_s
         fresh_command = self._command if fresh else None
         hold = self.cell.hold_command(self._sent)
@@ -230,7 +286,7 @@ class RobotNode(Node):
         self._said_at = monotonic_s()
         stamp = self._clock_message.clock
         set_stamp(stamp, self.stamp_ns)
-        self._clock.publish(self._clock_message)
+        self._time.publish(self._clock_message)
         for key, eye in self._eyes.items():
             if not self.cell.frame_due(key):
                 continue

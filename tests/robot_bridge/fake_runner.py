@@ -1,5 +1,6 @@
 """The real runner node with a policy that does what its instruction says."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,9 @@ class ObedientPolicy:
             raise RuntimeError("the network is on fire")
         if instruction == "hang":
             time.sleep(600)
+        if instruction == "hang in C":
+            # An exponential search that keeps the interpreter's lock: no other thread runs.
+            re.match("(a+)+$", "a" * 60 + "b")
         sign = -1.0 if instruction == "waver" and seed % 2 else 1.0
         chunk = np.full(self._shape, sign * self._value, np.float32)
         if instruction == "nan":

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robot_bridge.core.arbiter import POLICY_ERROR, Arbiter, Decision, Mode, Phase
+from robot_bridge.core.arbiter import Arbiter
+from robot_bridge.core.chunks import POLICY_ERROR
+from robot_bridge.core.modes import Decision, Mode, Phase
 from trajectory_store.contract import Contract
 
 from .cells import arm, cartesian
@@ -88,6 +90,29 @@ class Rig:
 @pytest.fixture
 def rig() -> Rig:
     return Rig(arm())
+
+
+def test_a_restarted_robot_is_held_where_it_stands_now(rig):
+    rig.drive_policy(0.5)
+    rig.core.robot_restarted()
+    assert rig.core.mode is Mode.HOLD
+    assert rig.core.reason.startswith("the robot was restarted")
+    # It has not said where it is: no command, and above all not the old one.
+    assert rig.core.tick(rig.tick_ns + rig.contract.dt_ns, rig.mono_s) is None
+    rig.position = np.array([-0.4, 0.7])
+    np.testing.assert_allclose(rig.step().command, [-0.4, 0.7])
+    assert rig.core.resume(rig.tick_ns, rig.mono_s).success
+
+
+def test_a_robot_that_is_gone_cannot_be_driven_until_it_speaks(rig):
+    rig.drive_policy(0.5)
+    rig.core.robot_gone()
+    assert (rig.core.mode, rig.core.reason) == (
+        Mode.HOLD, "the robot is gone: nobody publishes joint states"
+    )  # fmt: skip
+    assert not rig.core.resume(rig.tick_ns, rig.mono_s).success
+    rig.step()
+    assert rig.core.resume(rig.tick_ns, rig.mono_s).success
 
 
 def test_before_the_first_joint_state_nothing_is_sent():

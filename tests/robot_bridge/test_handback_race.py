@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from robot_bridge.core.arbiter import Arbiter, Mode
+from robot_bridge.core.arbiter import Arbiter
+from robot_bridge.core.modes import Mode
 
 from .cells import one_axis
 

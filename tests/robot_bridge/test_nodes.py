@@ -30,6 +30,7 @@ TASKS = {
         ("returns_nan", "nan"),
         ("returns_two", "shape"),
         ("hangs", "hang"),
+        ("hangs_in_c", "hang in C"),
     )
 } | {"short": {"instruction": "Reach the goal", "time_limit_s": 0.5}}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robot_bridge.core.arbiter import Chunk
+from robot_bridge.core.chunks import Chunk
 from robot_bridge.core.events import Event, EventError, EventType, EventWriter, parse_event
 from robot_bridge.core.record import Ending, EpisodeAssembler
 from trajectory_store.schema import Source

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robot_bridge.core.arbiter import POLICY_ERROR
+from robot_bridge.core.chunks import POLICY_ERROR
 
 from .cells import arm
 from .test_arbiter import Rig
@@ -85,6 +85,8 @@ PLAYS: dict[str, Callable[[Rig], object]] = {
         lambda rig: rig.operator(deadman=True, target=[np.nan, 0.0])
     ),
     "control loop misses ticks": late_loop,
+    "the robot's process is gone (lockstep)": lambda rig: rig.core.robot_gone(),
+    "the robot's driver is another process than before": lambda rig: rig.core.robot_restarted(),
     "the clock jumps back": lambda rig: rig.core.tick(rig.tick_ns - 10**9, rig.mono_s + 0.02),
 }
 
@@ -107,7 +109,7 @@ def test_the_arbiter_does_what_the_table_says(row):
 
 def test_rows_that_are_played_by_processes_name_existing_tests():
     names: set[str] = set()
-    for file in ("test_nodes.py", "test_faults.py", "test_runner_node.py"):
+    for file in ("test_nodes.py", "test_faults.py", "test_runner_node.py", "test_robot_restart.py"):
         tree = ast.parse((ROOT / "tests" / "robot_bridge" / file).read_text())
         names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         for node in tree.body:

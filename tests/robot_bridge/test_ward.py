@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("rclpy")
 from lifecycle_msgs.msg import State, Transition
 
-from robot_bridge.nodes import supervisor
+from robot_bridge.nodes import ward as wards
 
 
 class Service:
@@ -39,15 +39,14 @@ class Desk:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(supervisor, "monotonic_s", lambda: self.now)
+        monkeypatch.setattr(wards, "monotonic_s", lambda: self.now)
         services: dict[str, Service] = {}
         node = SimpleNamespace(
             create_client=lambda kind, name: services.setdefault(name, Service()),
-            say=lambda *_, **__: None,
         )
         node.get_logger = lambda: SimpleNamespace(error=print, warning=lambda *_, **__: None)
         any_node: Any = node
-        self.ward = supervisor._Ward(any_node, "runner")  # pyright: ignore[reportPrivateUsage]
+        self.ward = wards.Ward(any_node, "runner", lambda *_, **__: None)
         self.get, self.change = services["runner/get_state"], services["runner/change_state"]
 
     def run(self, seconds: float, state: int | None) -> None:

@@ -1,12 +1,13 @@
 """The simulated robot's node over real DDS, in a process of its own."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import sim
-from sim.cell import make_cell
+from sim.cell import SCENE_TOPIC, make_cell
 from trajectory_store import Contract, load_contract
 
 rclpy = pytest.importorskip("rclpy")
@@ -37,9 +38,18 @@ def stamp_ns(message: Any) -> int:
 
 
 class Graph:
-    """Plays supervisor and arbiter for one robot process."""
+    """Plays supervisor and arbiter for one robot process.
 
-    def __init__(self, contract_path: Path, *parameters: str) -> None:
+    Args:
+        told: events (kind, episode, fields) that were said before it was started.
+    """
+
+    def __init__(
+        self,
+        contract_path: Path,
+        *parameters: str,
+        told: Sequence[tuple[str, str, dict[str, Any]]] = (),
+    ) -> None:
         self.contract: Contract = load_contract(contract_path)
         cell = self.contract.cell
         self.context = rclpy.Context()
@@ -63,6 +73,8 @@ class Graph:
         for feature in self.contract.images.values():
             self.listen(CompressedImage, feature.topic)
             self.listen(CameraInfo, feature.topic.partition("/image_raw")[0] + "/camera_info")
+        for kind, episode, fields in told:
+            self.say(kind, episode, **fields)
         arguments = [f"contract:={contract_path}", *parameters]
         arguments = [word for argument in arguments for word in ("-p", argument)]
         self.process = subprocess.Popen(
@@ -101,7 +113,7 @@ class Graph:
             self.executor.spin_once(timeout_sec=0.1)
 
     def say(self, kind: str, episode: str, **more: Any) -> None:
-        event = {"v": 1, "type": kind, "episode": episode, "stamp_ns": 0, **more}
+        event = {"v": 1, "type": kind, "episode": episode, "stamp_ns": 0} | more
         self.events.publish(String(data=json.dumps(event)))
 
     def reset(self, episode: str, task: str, seed: int) -> int:
@@ -142,6 +154,26 @@ def state() -> Iterator[Graph]:
     yield graph
     graph.close()
     assert graph.process.returncode == 0
+
+
+def test_a_robot_that_comes_late_answers_the_open_reset_and_joins_no_running_episode():
+    """What began before it was another robot's, in another scene."""
+    dt = 12_500_000
+    told = [
+        ("reset", "old", {"task": "push", "seed": 3}),
+        ("episode_start", "old", {"stamp_ns": 400 * dt}),
+        ("reset", "open", {"task": "push", "seed": 11, "stamp_ns": 500 * dt}),
+    ]
+    graph = Graph(sim.CONTRACTS / "metaworld_state.yaml", told=told)
+    try:
+        graph.wait(lambda: graph.resets_done == 1, "reset_done")
+        graph.wait(lambda: bool(graph.heard["joint_states"]), "the first tick")
+        assert [stamp_ns(m) for m in graph.heard["joint_states"]] == [501 * dt]
+        with contextlib.closing(make_cell(graph.contract)) as cell:
+            cell.reset(seed=11, options={"task": "push"})
+            np.testing.assert_array_equal(graph.scene(501 * dt), cell.streams[SCENE_TOPIC].position)
+    finally:
+        graph.close()
 
 
 def test_lockstep_episode_equals_the_cell_played_directly(state: Graph):
