@@ -168,6 +168,12 @@ class CellClient:
         start_stamp_ns once it began; None between episodes."""
         return self._episode
 
+    @property
+    def caught_up(self) -> bool:
+        """Has heard of the arbiter, and of every event that the arbiter has heard of."""
+        newest = self._events[-1].seq if self._events else 0
+        return bool(self._state.mode) and newest >= self._state.event_seq
+
     def listen(self, callback: Callable[[str, Any], None]) -> None:
         """Calls `callback(kind, value)` at every change, in the client's thread.
 

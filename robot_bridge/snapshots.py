@@ -37,6 +37,8 @@ class State:
     """Joint -> how often its command was limited."""
     stamp_ns: int = 0
     """Of the last tick, in the cell's time."""
+    event_seq: int = 0
+    """Of the last event that the arbiter has heard."""
     seen_s: float = -math.inf
     """When it came, in monotonic seconds."""
 
@@ -103,6 +105,7 @@ def read_state(message: DiagnosticStatus) -> State:
             if key.startswith("clipped_")
         },
         stamp_ns=int(values.get("stamp_ns", "0") or 0),
+        event_seq=int(values.get("event_seq", "0") or 0),
         seen_s=time.monotonic(),
     )
 

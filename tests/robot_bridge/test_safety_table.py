@@ -109,7 +109,8 @@ def test_the_arbiter_does_what_the_table_says(row):
 
 def test_rows_that_are_played_by_processes_name_existing_tests():
     names: set[str] = set()
-    for file in ("test_nodes.py", "test_faults.py", "test_runner_node.py", "test_robot_restart.py"):
+    for part in ("nodes", "faults", "runner_node", "robot_restart", "bag"):
+        file = f"test_{part}.py"
         tree = ast.parse((ROOT / "tests" / "robot_bridge" / file).read_text())
         names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         for node in tree.body:

@@ -70,7 +70,7 @@ class Operate:
 
     def _status(self, client: "CellClient") -> None:
         if not client.wait_until(
-            lambda: client.state.mode and client.health, timeout_s=self.timeout_s
+            lambda: client.caught_up and client.health, timeout_s=self.timeout_s
         ):
             raise UserError(
                 f"nothing was heard of the cell {client.namespace} for {self.timeout_s:g} s; is it "
