@@ -19,9 +19,9 @@ from robot_bridge.bringup import (
     NodeSpec,
     ProcessGroup,
     cell_nodes,
-    clean_shared_memory,
 )
 from robot_bridge.dds import profile_path, use_default_profile
+from robot_bridge.dds.leftovers import clean_shared_memory
 
 CONTRACT = Path(sim.__file__).parent / "contracts" / "metaworld_state.yaml"
 DEADLINE_S = 20.0
