@@ -111,7 +111,8 @@ class Scout:
                 self.candidate = None  # taken back before this cell came to adopt it
             if wanted is None:
                 raise FileNotFoundError(
-                    f"{self._versions.registry.location} has no active version any more; is it there?"
+                    f"{self._versions.registry.location} has no active version any more; is it "
+                    "there?"
                 )
             if wanted in known:
                 if self._refused is None:

@@ -42,6 +42,7 @@ class Whole:
             contract=CONTRACT,
             registry=self.registry.root,
             store=folder / "store",
+            uplink=str(folder / "fleet"),
             bag=folder / "bag",
             events_log=folder / "events.jsonl",
             operator={"episodes": 1000, "tasks": ["reach"], "motor_noise": 0.0},
