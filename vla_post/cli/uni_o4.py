@@ -119,20 +119,20 @@ class Online:
     """Environments side by side."""
     seed: int = 0
     scratch: bool = False
-    """Start from random weights instead: plain PPO, in the run's units."""
+    """Start from random weights instead: plain PPO, with the run's sizes and units."""
     train: Annotated[OnlineConfig, tyro.conf.arg(name="")] = field(default_factory=OnlineConfig)
 
     def run(self) -> None:
         import torch
 
         from vla_post.recipes.uni_o4_env import vector_env
-        from vla_post.training.uni_o4 import Agent, OnlineRun, fresh_agent
+        from vla_post.training.uni_o4 import Agent, OnlineRun
 
         torch.set_num_threads(1)
         stop = _stop()
         agent = Agent.load(self.run_folder)
         if self.scratch:
-            agent = fresh_agent(agent.scales, UniO4Config(seed=self.seed))
+            agent = agent.fresh(self.seed)
         env = vector_env(self.world.maker(agent.scales), self.envs)
         try:
             _require_fits(agent, env)

@@ -78,14 +78,26 @@ class Agent:
             command = self.scales.command(self.policy.act(state, noise)[0])
         return command[:, 0] if self.scales.horizon == 1 else command
 
+    @property
+    def value_size(self) -> dict[str, int]:
+        """`width` and `layers` of V."""
+        linear = [m for m in self.value.net.modules() if isinstance(m, EnsembleLinear)]
+        return {"width": linear[0].weight.shape[-1], "layers": len(linear) - 1}
+
+    def fresh(self, seed: int) -> "Agent":
+        """Random weights of the same sizes in the same units: where plain PPO starts."""
+        config = UniO4Config(
+            seed=seed, policy=self.policy.config, values=ValueConfig(**self.value_size)
+        )
+        return fresh_agent(self.scales, config)
+
     def save(self, folder: Path, name: str = "agent") -> None:
         sizes = {"state": self.policy.state_size, "action": self.policy.action_size}
-        linear = [m for m in self.value.net.modules() if isinstance(m, EnsembleLinear)]
         state = {
             "policy": self.policy.state_dict(),
             "value": self.value.state_dict(),
             "config": asdict(self.policy.config),
-            "value_size": {"width": linear[0].weight.shape[-1], "layers": len(linear) - 1},
+            "value_size": self.value_size,
             "sizes": sizes,
             "scales": self.scales.as_json(),
         }
@@ -113,7 +125,7 @@ class Agent:
 
 
 def fresh_agent(scales: Scales, config: UniO4Config) -> Agent:
-    """Random weights in the given units: where plain PPO starts."""
+    """Random weights in the given units."""
     torch.manual_seed(config.seed)
     states = len(scales.state_mean)
     one = replace(config.policy, members=1)

@@ -203,12 +203,11 @@ class Transitions:
         return path
 
 
-def check(data: Transitions, *, batch_size: int, ends: bool = True) -> None:
+def check(data: Transitions, *, batch_size: int) -> None:
     """Refuses data from which values and a dynamics model cannot be learned.
 
     Args:
-        batch_size: of the updates; a tenth of the data is held out besides.
-        ends: a termination has to be learned from the data, so some must be there.
+        batch_size: of the largest update.
 
     Raises:
         BadTransitions: too few rows, constant rewards, no end of any kind, or actions outside
@@ -225,7 +224,7 @@ def check(data: Transitions, *, batch_size: int, ends: bool = True) -> None:
             f"every reward is {data.rewards[0]:g}, so no action is better than another; check that "
             "rewards (or success labels) were recorded"
         )
-    if ends and not (data.terminals | data.timeouts).any():
+    if not (data.terminals | data.timeouts).any():
         raise BadTransitions(
             f"neither `terminals` nor `timeouts` is set in {len(data)} rows: returns would run "
             "from one episode into the next. Mark the last row of each episode"

@@ -203,7 +203,7 @@ class Seed:
         agent = Agent.load(self.folder / "offline")
         config = study.online
         if arm == "ppo":
-            agent = fresh_agent(agent.scales, self.config)
+            agent = agent.fresh(self.seed)
             config = replace(config, learning_rate=study.scratch_learning_rate, clip=0.2)
             self.keep(arm, 0, agent.policy, agent.scales)
         env = vector_env(self.make, study.envs)
