@@ -86,9 +86,9 @@ class Agent:
 
     def fresh(self, seed: int) -> "Agent":
         """Random weights of the same sizes in the same units: where plain PPO starts."""
-        config = UniO4Config(
-            seed=seed, policy=self.policy.config, values=ValueConfig(**self.value_size)
-        )
+        size = self.value_size
+        values = ValueConfig(width=size["width"], layers=size["layers"])
+        config = UniO4Config(seed=seed, policy=self.policy.config, values=values)
         return fresh_agent(self.scales, config)
 
     def save(self, folder: Path, name: str = "agent") -> None:
