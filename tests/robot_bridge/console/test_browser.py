@@ -604,6 +604,9 @@ def test_pictures_of_every_page(person: Any, tmp_path: Path, scheme: Any):
                 "() => window.vlaConsole.pages.episodes.load()"), "an episode")  # fmt: skip
             ann.page.click("tr[data-uuid] >> nth=0")
             ann.page.wait_for_function("() => document.querySelector('.replay')?.naturalWidth")
+            ann.page.wait_for_function(
+                "() => [...document.querySelectorAll('.thumb img')].every((i) => i.naturalWidth)"
+            )
         elif page == "learner":
             ann.page.wait_for_selector("tr[data-version]")
         ann.page.screenshot(path=folder / f"console_{page}_{scheme}.png")

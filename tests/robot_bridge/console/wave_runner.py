@@ -16,6 +16,7 @@ class SwayingPolicy:
         self.contract_sha256 = contract.sha256
         self.observation_keys = ("observation.state",)
         self.horizon = contract.chunk_horizon
+        self.takes_previous = False
         self._contract, self._calls = contract, 0
 
     def act(self, observation: Any, instruction: Any, seed: Any = 0):

@@ -116,6 +116,7 @@ export class Learner {
     const y = (share) => top + (1 - share) * (height - top - bottom);
     context.font = `11px ${colour("font")}`;
     for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+      context.lineWidth = 1;
       context.strokeStyle = colour("line");
       context.beginPath();
       context.moveTo(left, Math.round(y(share)) + 0.5);
