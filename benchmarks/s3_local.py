@@ -181,6 +181,12 @@ def main() -> None:
         _save(folder)
         os._exit(0)  # whatever is under way is cut, as when a server goes
 
+    def outlive(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=outlive, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGTERM, end)
     _load(folder)
     if bucket not in _backend().buckets:
