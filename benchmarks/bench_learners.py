@@ -69,7 +69,7 @@ def bench_state(view: FleetView, updates: int) -> dict[str, float]:
         found[f"{name} waiting"] = loading / (loading + learning)
 
     measure("hg-dagger b64", HgDaggerConfig(), 64)
-    measure("awr b64", AwrConfig(value_warmup=0), 64)
+    measure("awr b64", AwrConfig(critic_warmup=0), 64)
     plain = AloeConfig(critic_warmup=0)
     measure("aloe b64", plain, 64)
     for batch in (128, 256):

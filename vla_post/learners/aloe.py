@@ -24,7 +24,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -37,28 +37,20 @@ from vla_post.critics.diagnostics import critic_metrics
 from vla_post.critics.encoders import Encoder
 from vla_post.critics.ensemble import Aggregation, aggregate, polyak_
 from vla_post.critics.networks import ChunkCritic, CriticConfig, CriticInput
-from vla_post.critics.returns import RewardConfig, fill_past_end, rewards_of, td_target
-from vla_post.critics.saved import card_of
-from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
-from vla_post.learners.weighting import (
-    RunningScale,
-    WeightConfig,
-    advantage_weight,
-    commanded_steps,
-    weight_metrics,
-    weighted_flow_loss,
+from vla_post.critics.returns import rewards_of, td_target
+from vla_post.learners.advantage_weighted import (
+    AdvantageConfig,
+    AdvantageWeighted,
+    critic_chunk,
+    filled_chunks,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AloeConfig(GradientAlgorithm):
+class AloeConfig(AdvantageConfig):
     """ALOE: evaluate the current policy on everything recorded, clone what beats it."""
 
-    rewards: RewardConfig = field(default_factory=RewardConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    weights: WeightConfig = field(default_factory=WeightConfig)
-    encoder: Literal["auto", "state", "policy"] = "auto"
-    """What the critic sees: the contract's vectors, or a frozen copy of the policy's features."""
     chunk: int = 0
     """h, the critic's chunk in control steps; 0 takes the policy's H. Between what the robot
     executes per inference and H."""
@@ -84,39 +76,21 @@ class AloeConfig(GradientAlgorithm):
     minimum over heads, errors below the smallest return would feed on themselves."""
     target_rate: float = 0.005
     """rho of Eq. A3."""
-    critic_learning_rate: float = 1e-3
     critic_updates: int = 1
     """Per batch."""
-    critic_warmup: int = 200
-    """First updates, which train the critic alone; weights from a fresh critic are noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_samples", "value_samples", "critic_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0.0 < self.target_rate <= 1.0 or not self.critic_learning_rate > 0:
-            raise ValueError(
-                f"target_rate is {self.target_rate} and critic_learning_rate "
-                f"{self.critic_learning_rate}; expected a share in (0, 1] and a number above 0"
-            )
-
-    def critic_chunk(self, contract: Contract) -> int:
-        """h.
-
-        Raises:
-            ValueError: longer than the chunks that the policy emits.
-        """
-        chunk = self.chunk or contract.chunk_horizon
-        if not 1 <= chunk <= contract.chunk_horizon:
-            raise ValueError(
-                f"chunk is {self.chunk}; cell {contract.cell!r} has policies of "
-                f"{contract.chunk_horizon} steps, so the critic's must be from 1 to that"
-            )
-        return chunk
+        if not 0.0 < self.target_rate <= 1.0:
+            raise ValueError(f"target_rate is {self.target_rate}; expected a share in (0, 1]")
 
     def data(self, contract: Contract) -> DataNeeds:
-        return DataNeeds(next_observation=True, backup=self.critic_chunk(contract), outcomes=True)
+        return DataNeeds(
+            next_observation=True, backup=critic_chunk(self.chunk, contract), outcomes=True
+        )
 
     def build(
         self, policy: Policy, parameters: Sequence[nn.Parameter], contract: Contract
@@ -128,7 +102,7 @@ class AloeConfig(GradientAlgorithm):
             encoder,
             contract,
             policy,
-            chunk=self.critic_chunk(contract),
+            chunk=critic_chunk(self.chunk, contract),
             returns=returns,
         )
         return Aloe(policy, parameters, critic, encoder, self, returns=returns)
@@ -156,7 +130,7 @@ def aloe_advantage(
     return aggregate(data_q, how) - aggregate(policy_q, how).mean(dim=1)
 
 
-class Aloe:
+class Aloe(AdvantageWeighted):
     """Owns critic, target and both optimisers; borrows the policy."""
 
     def __init__(
@@ -169,46 +143,18 @@ class Aloe:
         *,
         returns: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
-        self.policy, self.critic, self.encoder, self.config = policy, critic, encoder, config
+        super().__init__(policy, parameters, [critic], encoder, config)
+        self.critic, self.config = critic, config
         stored = config.rewards.source == "stored"
         self.returns = returns if config.clip_target and not stored else (-math.inf, math.inf)
         """What targets are kept within."""
-        critic.card = card_of(critic, encoder)
         self.target = copy.deepcopy(critic).requires_grad_(False)
         self.judged: Policy = policy
         """The policy whose chunks make V."""
-        self.optimizer = GuardedAdamW(parameters, config)
-        self.critic_optimizer = GuardedAdamW(
-            list(critic.parameters()),
-            GradientAlgorithm(
-                learning_rate=config.critic_learning_rate,
-                warmup_updates=config.warmup_updates,
-                weight_decay=config.weight_decay,
-                betas=config.betas,
-                max_grad_norm=config.max_grad_norm,
-            ),
-        )
-        self.scale = RunningScale()
-        self.rate_scale = 1.0
-        self.critic_only = 0
-        """Batches that trained the critic alone."""
-
-    @property
-    def updates(self) -> int:
-        return self.optimizer.updates + self.critic_only
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         return {"critic": self.critic, "critic_target": self.target}
-
-    def update(self, batch: Batch) -> Metrics:
-        """Continuous mode: critic and policy on one batch; see `Learner`."""
-        if self.updates < self.config.critic_warmup:
-            self.critic_only += 1
-            return self.evaluate(batch)
-        # The policy first: should its loss not be finite, nothing has changed yet.
-        metrics = self.improve(batch)
-        return self.evaluate(batch) | metrics
 
     def begin_improvement(self) -> None:
         """Staged mode: the critic now stays as it is, and judges the policy of this moment."""
@@ -227,7 +173,7 @@ class Aloe:
             ended = ended | (batch.n < self.critic.chunk)
         if not config.done_factor:
             ended = torch.zeros_like(ended)
-        action = fill_past_end(batch.action, self._left(batch))
+        action = filled_chunks(batch)
         seen = self.encoder(batch.observation, batch.instruction)
         after = self.encoder(batch.next_observation, batch.instruction)
         metrics: Metrics = {}
@@ -254,26 +200,11 @@ class Aloe:
             } | critic_metrics(q, target, loss.detach(), batch, config.rewards)
         return metrics
 
-    def improve(self, batch: Batch) -> Metrics:
-        """Policy improvement: one step of Eq. A4-A8.
-
-        Raises:
-            NonFiniteLoss: the policy has not been changed.
-        """
-        advantage = self.advantage(batch)
-        scale = self.scale.update(advantage) if self.config.weights.scale == "std" else 1.0
-        weight = advantage_weight(advantage, self.config.weights, scale=scale)
-        steps = commanded_steps(batch.source, batch.valid)
-        chunk_loss = self.policy.chunk_loss(batch.replace(valid=steps))
-        loss = weighted_flow_loss(chunk_loss, weight * batch.weight, steps.any(dim=1))
-        metrics = self.optimizer.step(loss, self.rate_scale)
-        return metrics | weight_metrics(advantage, weight, self.config.weights, scale)
-
     @torch.no_grad()
     def advantage(self, batch: Batch) -> Float[Tensor, " B"]:
         """A of the recorded chunks (Eq. A6)."""
         seen = self.encoder(batch.observation, batch.instruction)
-        action = fill_past_end(batch.action, self._left(batch))
+        action = filled_chunks(batch)
         data_q = self.critic(seen, action[:, None])[:, 0]
         return aloe_advantage(data_q, self._policy_q(seen, batch), self.config.pessimism)
 
@@ -306,25 +237,3 @@ class Aloe:
         if not bool(torch.isfinite(chunks).all()):
             raise NonFiniteLoss("the policy samples chunks that are NaN or infinite")
         return chunks
-
-    def _left(self, batch: Batch) -> Integer[Tensor, " B"]:
-        """Steps until the end of the episode; without them, until the end of what is valid."""
-        return batch.n if batch.left is None else batch.left
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.optimizer.state_dict(),
-            "critic": self.critic_optimizer.state_dict(),
-            "scale": {"square": self.scale.square, "seen": self.scale.seen},
-            "critic_only": self.critic_only,
-            "encoder": self.encoder.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["policy"])
-        self.critic_optimizer.load_state_dict(state["critic"])
-        self.scale.square = float(state["scale"]["square"])
-        self.scale.seen = int(state["scale"]["seen"])
-        self.critic_only = int(state["critic_only"])
-        self.encoder.load_state_dict(state["encoder"])
-        self.critic.card = card_of(self.critic, self.encoder)

@@ -20,6 +20,7 @@ ALGORITHMS = {
     "awr": "vla_post.learners.awr:AwrConfig",
     "uni-o4": "vla_post.learners.uni_o4.chunk:UniO4ChunkConfig",
     "recap": "vla_post.learners.recap:RecapConfig",
+    "iql": "vla_post.learners.iql:IqlConfig",
     "ptr": "vla_post.learners.ptr:PtrConfig",
     "ptr-hg-dagger": "vla_post.learners.ptr:PtrHgDaggerConfig",
 }
