@@ -48,6 +48,7 @@ def batch_of(contract: Contract) -> Batch:
         task=task,
         instruction=[texts[int(k)] for k in task],
         weight=torch.ones(BATCH),
+        episode=torch.arange(BATCH) % 40,
         future_observation=observation(),
         has_future=torch.ones(BATCH, dtype=torch.bool),
     )
@@ -81,9 +82,11 @@ def measure(kind: str) -> None:
     learner = config.build(policy, list(policy.parameters()), contract)
     assert isinstance(learner, Ptr)
     batch = batch_of(contract)
-    count = 5 if kind == "smolvla_tiny" else 60
+    # Whole rounds of `lesson_every` batches, after the warm-up.
+    count = config.transition.lesson_every * (1 if kind == "smolvla_tiny" else 4)
     for _ in range(3):
         learner.update(batch)
+    learner.scorer.get_buffer("updates").fill_(config.transition.warmup_updates)
     learner.scorer.get_buffer("control")[2] = 0.5  # half of the queue's draws are hard negatives
     pairs = [
         (
@@ -93,12 +96,13 @@ def measure(kind: str) -> None:
         for _ in range(3)
     ]
     step, added = np.median(np.array(pairs), axis=0)
-    print(
-        f"{kind}: step {step:.1f} ms, scorer, pool and both encoder passes {added:.1f} ms: "
-        f"{added / step:+.0%} (CPU time, batch {BATCH}, medians of 3)"
-    )
+    print(f"| {kind} | {step:.1f} | {added:.1f} | {added / step:+.0%} |")
 
 
 if __name__ == "__main__":
+    print(f"CPU milliseconds of one thread an update of {BATCH} chunks, medians of 3\n")
+    print(
+        "| policy | its own step | scorer, pool, both encoder passes | added |\n|---|---|---|---|"
+    )
     for name in sys.argv[1:] or list(CONTRACTS):
         measure(name)

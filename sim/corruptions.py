@@ -152,6 +152,19 @@ def mislabelled(contract: Contract, tasks: Sequence[str]) -> Spoiler:
     return spoil
 
 
+def misjoined(episodes: Sequence[Marked]) -> Spoiler:
+    """Puts the commands of another of `episodes` beside what the sensors saw, as when two logs are
+    joined wrongly; a shorter one is repeated."""
+
+    def spoil(marked: Marked, random: np.random.Generator) -> Marked:
+        others = [m for m in episodes if m.episode.seed != marked.episode.seed]
+        other = (others or list(episodes))[int(random.integers(len(others or episodes)))].episode
+        action = np.resize(other.action, marked.episode.action.shape)
+        return Marked(replace(marked.episode, action=action), "misjoined", _all(action))
+
+    return spoil
+
+
 def spoil_some(
     episodes: Sequence[Marked], parts: Sequence[tuple[Spoiler, float]], seed: int
 ) -> list[Marked]:

@@ -7,6 +7,7 @@ at t = 0, data at t = 1, velocity = data - noise; adapters convert (docs/concept
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, runtime_checkable
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class Batch:
     """Steps from the anchor to the end of its episode, the anchor's included."""
     outcome: Integer[Tensor, " B"] | None = None
     """How the episode ended: 1 success, -1 failure, 0 anything else."""
+    episode: Integer[Tensor, " B"] | None = None
+    """A number of the item's episode, the same in every run and batch; says nothing else."""
     part: Integer[Tensor, " B"] | None = None
     """Of the mixture: 0 demonstrations, 1 what robots recorded, 2 interventions drawn apart."""
     future_observation: Observation = field(default_factory=dict[str, Tensor])
@@ -74,6 +77,7 @@ class Batch:
             weight=torch.ones(len(chunk.n), device=device),
             left=put(chunk.left),
             outcome=put(chunk.outcome),
+            episode=put(_numbers(chunk)),
             part=put(chunk.part),
             future_observation=observation_from_numpy(chunk.future_observation, device),
             has_future=None if chunk.has_future is None else put(chunk.has_future),
@@ -85,6 +89,14 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.n)
+
+
+def _numbers(chunk: ChunkBatch) -> np.ndarray:
+    """(B,) checksum of each item's episode uuid, non-negative."""
+    place = chunk.provenance
+    found, inverse = np.unique(place.episode, return_inverse=True)
+    numbers = [crc32(place.uuids[int(k)].encode()) for k in found]
+    return np.array(numbers, np.int64)[inverse]
 
 
 def to_device(value: np.ndarray, device: torch.device | str) -> Tensor:

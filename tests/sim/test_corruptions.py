@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 import sim
-from sim.corruptions import action_noise, behave, mislabelled, spoil_some, truncation
+from sim.corruptions import (
+    Marked,
+    action_noise,
+    behave,
+    misjoined,
+    mislabelled,
+    spoil_some,
+    truncation,
+)
 from trajectory_store import load_contract
 
 CONTRACT = load_contract(sim.CONTRACTS / "metaworld_state.yaml")
@@ -15,11 +23,11 @@ def experts():
     return behave(CONTRACT, "reach", "expert", 4, seed=1_000)
 
 
-def test_experts_succeed_and_have_no_bad_ticks(experts):
+def test_experts_succeed_and_have_no_bad_ticks(experts: list[Marked]):
     assert all(m.episode.success and not m.bad.any() for m in experts)
 
 
-def test_a_gentle_expert_takes_longer(experts):
+def test_a_gentle_expert_takes_longer(experts: list[Marked]):
     (slow,) = behave(CONTRACT, "reach", "gentle", 1, seed=experts[0].episode.seed)
     assert slow.episode.success
     assert len(slow.episode) > len(experts[0].episode)
@@ -38,7 +46,7 @@ def test_a_mistaken_demonstrator_does_not_reach_the_goal():
     assert marked.bad.all()
 
 
-def test_spoilers_strike_their_share_and_change_only_what_they_say(experts):
+def test_spoilers_strike_their_share_and_change_only_what_they_say(experts: list[Marked]):
     noisy = spoil_some(experts, [(action_noise(CONTRACT, 0.1), 0.5)], seed=0)
     struck = [k for k in range(4) if noisy[k].bad.any()]
     assert len(struck) == 2
@@ -63,3 +71,15 @@ def test_spoilers_strike_their_share_and_change_only_what_they_say(experts):
 def test_an_unknown_demonstrator_is_refused():
     with pytest.raises(ValueError, match="no demonstrator 'lazy'"):
         behave(CONTRACT, "reach", "lazy", 1, seed=0)
+
+
+def test_wrongly_joined_logs_have_anothers_actions_and_their_own_sensors(
+    experts: list[Marked],
+):
+    wrong = spoil_some(experts, [(misjoined(experts), 1.0)], seed=0)
+    for old, new in zip(experts, wrong, strict=True):
+        assert new.bad.all()
+        assert new.episode.action.shape == old.episode.action.shape
+        assert not np.array_equal(new.episode.action, old.episode.action)
+        others = [np.resize(o.episode.action, new.episode.action.shape) for o in experts]
+        assert any(np.array_equal(action, new.episode.action) for action in others)

@@ -1,5 +1,7 @@
 """`Batch`: the store's arrays as tensors, on the CPU and through pinned memory on a GPU."""
 
+from zlib import crc32
+
 import numpy as np
 import pytest
 import torch
@@ -32,13 +34,15 @@ def chunk(b: int = 3, h: int = 4) -> ChunkBatch:
         task=np.zeros(b, np.int64),
         instruction=["pick"] * b,
         part=np.zeros(b, np.int64),
-        provenance=Provenance(("s",), ["u"], whole, whole, whole, whole),
+        provenance=Provenance(("s",), ["u", "v", "w"], whole, whole, whole, whole),
     )
 
 
 def check(batch: Batch, of: ChunkBatch, device: str) -> None:
     assert batch.action.device.type == device
     np.testing.assert_array_equal(batch.action.cpu(), of.action)
+    assert batch.episode is not None
+    assert batch.episode.tolist() == [crc32(uuid) for uuid in (b"u", b"v", b"w")]
     np.testing.assert_array_equal(batch.observation[STATE].cpu(), of.observation[STATE])
     images = batch.observation[WRIST].cpu()
     assert images.shape == (3, 2, 3, 6, 8)  # (B, T, C, height, width) with a history

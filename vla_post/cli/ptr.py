@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from vla_post.cli.errors import UserError
-from vla_post.learners.transition import TransitionConfig
+from vla_post.learners.transition_math import TransitionConfig
 
 WEIGHTS = "transition.safetensors"
 

@@ -17,7 +17,8 @@ from torch import nn
 from trajectory_store import Contract
 from vla_post.batch import Algorithm, Batch, DataNeeds, Learner, Metrics, Policy
 from vla_post.learners.hg_dagger import HgDaggerConfig
-from vla_post.learners.transition import TransitionConfig, TransitionScorer
+from vla_post.learners.transition import TransitionScorer
+from vla_post.learners.transition_math import TransitionConfig
 from vla_post.learners.weighting import effective_sample_size
 
 

@@ -1,22 +1,24 @@
 """How well an action chunk explains the future that was seen: PTR's scorer and its candidate pool.
 
-arXiv:2603.16542, Eq. P2-P11 of our specification. B batch, H chunk length, A action size, F feature
-size, D embedding size, N candidates beside the own one, M belief tokens, T positions in time.
+arXiv:2603.16542, Eq. P2-P11 of our specification; the formulas are in `transition_math`. B batch, H
+chunk length, A action size, F feature size, K = 2 scorers, E summary of a chunk.
 
 The scorer looks at the observation and the chunk and says what the future looks like; among the
 futures of other chunks it should pick its own. Where it cannot, the chunk does not explain what
 happened, and counts less. Nothing here touches the policy: the result is a weight for `chunk_loss`,
 so any chunk head will do.
 
-Differs from the paper: observation and future both go through the averaged copy of the policy's
-encoder, in one pass without gradients, and the scorer has an encoder of the chunk and an optimiser
-of its own, so its losses never reach the policy. Chunks are drawn at random, so belief tokens
-summarise their own chunk and are not carried to the next. The queue's share of the pool is drawn
-once per batch.
+Differs from the paper, beside the options of `TransitionConfig`: observation and future both go
+through the averaged copy of the policy's encoder, in one pass without gradients, and the scorer has
+an encoder of the chunk and an optimiser of its own, so its losses never reach the policy. A scorer
+never judges an episode that taught it: demonstrations are few and seen many times, and a network
+that has met a state knows its future by heart, whatever the chunk says. Chunks are drawn at random,
+so belief tokens summarise their own chunk and are not carried to the next. The queue's share of the
+pool is drawn once per batch, and hard negatives are for learning only.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -25,189 +27,27 @@ from torch import Tensor, nn
 from trajectory_store import Contract
 from vla_post import parallel
 from vla_post.batch import Batch, Metrics, NonFiniteLoss, Observation, Policy
+from vla_post.critics.networks import EnsembleLinear
+from vla_post.learners.transition_math import (
+    TransitionConfig,
+    belief_assignment,
+    candidate_logits,
+    controlled,
+    gathered,
+    rank_loss,
+    score_level,
+    transition_score,
+    transition_weight,
+    unit,
+)
 from vla_post.learners.weighting import effective_sample_size
 
-SAME = 1.0 - 1e-5
-"""Cosine above which two targets are the same one: a future is no alternative to itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransitionConfig:
-    """The scorer, its pool, and how a score becomes a weight. Defaults are the paper's."""
-
-    future_s: float = 0.0
-    """From a chunk's start to the future that it must explain; 0: the chunk's own length."""
-    target: Literal["future", "change"] = "future"
-    """What is to be recognised: the future's features, or how they differ from the present's."""
-    embedding: int = 64
-    """D: features are projected to so many numbers, by a fixed random map that keeps angles, so
-    that the pool costs the same whatever the encoder's width."""
-    width: int = 128
-    """Of the scorer's layers."""
-    learning_rate: float = 1e-3
-    """Of the scorer's own AdamW."""
-    weight_decay: float = 0.01
-    ema_decay: float = 0.999
-    """mu of the target encoder; 1 freezes it as it is at the start."""
-    queue: int = 1024
-    """Past targets that are kept, on the device."""
-    queue_draws: int = 64
-    """Of them in each item's pool."""
-    temperature: float = 0.12
-    """tau: the start of the scorer's temperature."""
-    beta: float = 1.5
-    """The start of the score's temperature."""
-    adaptive: bool = True
-    """Move both temperatures and the share of hard negatives by the controller."""
-    control_every: int = 50
-    """Updates between steps of the controller."""
-    min_weight: float = 0.25
-    max_weight: float = 4.0
-    clip: bool = True
-    """Off: weights are exp(T / beta) whatever comes of it; for studies."""
-    alpha: float = 1.0
-    """Share of the weight in the loss; 0 is plain cloning."""
-    warmup_updates: int = 300
-    """First updates, in which the scorer learns and every weight is 1."""
-    id_weight: float = 0.05
-    """lambda_id."""
-    rank_weight: float = 0.25
-    """lambda_rank."""
-    belief_tokens: int = 0
-    """M: learned slots that summarise the chunk over time; 0 reads it as one vector."""
-    token_entropy_weight: float = 1e-3
-    token_diversity_weight: float = 1e-3
-    token_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.ema_decay <= 1.0 or not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(
-                f"ema_decay {self.ema_decay}, alpha {self.alpha}: expected shares in [0, 1]"
-            )
-        if not 0.0 < self.min_weight <= 1.0 <= self.max_weight:
-            raise ValueError(
-                f"min_weight {self.min_weight}, max_weight {self.max_weight}: expected a range "
-                "around 1 above 0, so that a chunk of unknown worth can count 1"
-            )
-        if self.embedding < 2:
-            raise ValueError(f"embedding is {self.embedding}; it must be at least 2")
-        if min(self.queue_draws, self.belief_tokens, self.warmup_updates) < 0 or self.queue < 1:
-            raise ValueError("queue must be at least 1; draws, tokens and warm-up not negative")
-        if self.future_s < 0 or not (self.temperature > 0 and self.beta > 0):
-            raise ValueError("future_s must not be negative; temperature and beta must be above 0")
-
-    def future_steps(self, control_hz: float, horizon: int) -> int:
-        """Control steps to the future."""
-        return max(1, round(self.future_s * control_hz)) if self.future_s else horizon
-
-
-# The mathematics -------------------------------------------------------------------------------
-
-
-def candidate_logits(
-    guess: Float[Tensor, "B D"],
-    own: Float[Tensor, "B D"],
-    others: Float[Tensor, "B N D"] | Float[Tensor, "N D"],
-    present: Bool[Tensor, "B N"],
-    temperature: Float[Tensor, ""] | float,
-) -> Float[Tensor, "B C"]:
-    """Eq. P4: index 0 is the own target; -inf marks candidates that are not in an item's pool.
-
-    Left out: candidates that are not `present`, and those equal to the own target, which are no
-    alternative to it (another copy of the item, or a scene in which nothing moves).
-
-    Args:
-        guess, own, others: unit vectors, or zero vectors.
-    """
-    one_pool = others.ndim == 2
-    said = guess @ others.T if one_pool else torch.einsum("bd,bnd->bn", guess, others)
-    alike = own @ others.T if one_pool else torch.einsum("bd,bnd->bn", own, others)
-    mine = (guess * own).sum(dim=1, keepdim=True)
-    logits = (torch.cat([mine, said], dim=1) / temperature).clamp(-20.0, 20.0)
-    keep = torch.cat([torch.ones_like(present[:, :1]), present & (alike < SAME)], dim=1)
-    return logits.masked_fill(~keep, -torch.inf)
-
-
-def transition_score(
-    logits: Float[Tensor, "B C"],
-) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """(T, log p_0) of Eq. P5-P8: how much better than chance the own future is recognised.
-
-    Alone in its pool, a target is recognised for sure and by chance alike: T = 0.
-    """
-    log_p = logits.log_softmax(dim=1)[:, 0]
-    size = logits.isfinite().sum(dim=1)
-    return log_p + size.to(log_p).log(), log_p
-
-
-def transition_weight(
-    score: Float[Tensor, " B"],
-    has_future: Bool[Tensor, " B"],
-    *,
-    beta: float,
-    config: TransitionConfig,
-) -> Float[Tensor, " B"]:
-    """Eq. P9, detached; 1 where the future is not known."""
-    raw = (score.detach() / beta).clamp(max=30.0).exp()
-    if config.clip:
-        raw = raw.clamp(config.min_weight, config.max_weight)
-    mixed = 1.0 + config.alpha * (raw - 1.0)
-    return torch.where(has_future, mixed, 1.0)
-
-
-def rank_loss(matched: Float[Tensor, " B"], permuted: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Eq. P7: the own chunk should explain the future better than another item's chunk."""
-    return nn.functional.softplus(permuted - matched)
-
-
-def belief_assignment(
-    score: Float[Tensor, "B T M"], temperature: float
-) -> tuple[Float[Tensor, "B T M"], Float[Tensor, ""], Float[Tensor, ""]]:
-    """(assignment, mean entropy of a slot over time, |Pi^T Pi - I|^2) of Eq. P2; each slot's
-    assignment sums to 1 over time."""
-    assignment = (score / temperature).softmax(dim=1)
-    entropy = -(assignment * assignment.clamp(min=1e-12).log()).sum(dim=1).mean()
-    gram = assignment.transpose(1, 2) @ assignment
-    identity = torch.eye(gram.shape[-1], device=gram.device)
-    return assignment, entropy, (gram - identity).square().sum(dim=(1, 2)).mean()
-
-
-def controlled(
-    temperature: float, beta: float, *, score: float, margin: float
-) -> tuple[float, float, float]:
-    """One step of the controller: (temperature, beta, share of hard negatives)."""
-    if score < 0.05:
-        temperature, beta = temperature * 1.01, beta * 1.01
-    elif score > 0.35 and margin > 0.10:
-        temperature, beta = temperature * 0.995, beta * 0.995
-    hard = 0.5 * min(max((score - 0.10) / 0.40, 0.0), 1.0)
-    return min(max(temperature, 0.03), 0.20), min(max(beta, 0.5), 3.0), hard
-
-
-def unit(vector: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-    """Scaled to length 1; what is shorter than 1e-6 stays as short as it is."""
-    return vector / vector.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-
-
-@torch.no_grad()
-def gathered(target: Float[Tensor, "B D"], known: Bool[Tensor, " B"]) -> tuple[Tensor, Tensor]:
-    """Targets of the other ranks, (R, D) and (R,); empty without torch.distributed."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return target[:0], known[:0]
-    world, rank = distributed.get_world_size(), distributed.get_rank()
-    targets = [torch.empty_like(target) for _ in range(world)]
-    flags = [torch.empty_like(known) for _ in range(world)]
-    distributed.all_gather(targets, target.contiguous())
-    distributed.all_gather(flags, known.contiguous())
-    others = [k for k in range(world) if k != rank]
-    return (
-        torch.cat([target[:0], *(targets[k] for k in others)]),
-        torch.cat([known[:0], *(flags[k] for k in others)]),
-    )
-
-
-# The networks ----------------------------------------------------------------------------------
+SCORERS = 2
+"""K: one for each half of the episodes."""
+JUDGED_AMONG = 128
+"""Candidates that a chunk is judged among, or as many as its batch has."""
+HARD_AMONG = 8
+"""Past targets that are looked at for each hard negative."""
 
 
 @runtime_checkable
@@ -218,46 +58,52 @@ class HasEncoder(Protocol):
 
 
 class ScorerNet(nn.Module):
-    """What the future looks like, from the present's features and the chunk."""
+    """What the future looks like, from the present's features and the chunk; K of them at once."""
 
     def __init__(self, features: int, horizon: int, action: int, config: TransitionConfig) -> None:
         super().__init__()
         self.config = config
         width, tokens = config.width, config.belief_tokens
-        self.normal = nn.LayerNorm(features)
         if tokens:
-            self.step = nn.Sequential(nn.Linear(action, width), nn.GELU())
-            self.order = nn.Parameter(0.02 * torch.randn(horizon, width))
-            self.fuse = nn.Linear(features + width, width)
-            self.slots = nn.Linear(width, tokens, bias=False)
+            self.step = EnsembleLinear(SCORERS, action, width)
+            self.order = nn.Parameter(0.02 * torch.randn(SCORERS, 1, horizon, width))
+            self.fuse = EnsembleLinear(SCORERS, features + width, width)
+            self.slots = EnsembleLinear(SCORERS, width, tokens)
         else:
-            self.whole = nn.Sequential(nn.Linear(horizon * action, width), nn.GELU())
+            self.whole = EnsembleLinear(SCORERS, horizon * action, width)
         summary = width * max(tokens, 1)
-        self.head = nn.Sequential(
-            nn.Linear(features + summary, width), nn.GELU(), nn.Linear(width, features)
-        )
+        self.hidden = EnsembleLinear(SCORERS, features + summary, width)
+        self.out = EnsembleLinear(SCORERS, width, features)
 
     def summarise(
         self, features: Float[Tensor, "B F"], action: Float[Tensor, "B H A"]
-    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, ""]]:
+    ) -> tuple[Float[Tensor, "K B E"], Float[Tensor, ""]]:
         """(summary e of the chunk, regulariser of the belief tokens)."""
-        config = self.config
+        config, (size, steps) = self.config, action.shape[:2]
         if not config.belief_tokens:
-            return self.whole(action.flatten(1)), action.new_zeros(())
-        steps = self.step(action) + self.order
-        context = self.normal(features)[:, None].expand(-1, steps.shape[1], -1)
-        fused = torch.tanh(self.fuse(torch.cat([context, steps], dim=2)))
-        assignment, entropy, crowding = belief_assignment(
-            self.slots(fused), config.token_temperature
-        )
-        tokens = assignment.transpose(1, 2) @ fused
+            flat = action.flatten(1).expand(SCORERS, -1, -1)
+            return nn.functional.gelu(self.whole(flat)), action.new_zeros(())
+        said = nn.functional.gelu(self.step(action.flatten(0, 1).expand(SCORERS, -1, -1)))
+        said = said.unflatten(1, (size, steps)) + self.order
+        context = self._normal(features)[None, :, None].expand(SCORERS, -1, steps, -1)
+        fused = torch.tanh(self.fuse(torch.cat([context, said], dim=3).flatten(1, 2)))
+        slots = self.slots(fused).unflatten(1, (size, steps)).flatten(0, 1)
+        assignment, entropy, crowding = belief_assignment(slots, config.token_temperature)
+        fused = fused.unflatten(1, (size, steps)).flatten(0, 1)
+        tokens = (assignment.transpose(1, 2) @ fused).unflatten(0, (SCORERS, size))
         loss = config.token_entropy_weight * entropy + config.token_diversity_weight * crowding
-        return tokens.flatten(1), loss
+        return tokens.flatten(2), loss
 
     def guess(
-        self, features: Float[Tensor, "B F"], summary: Float[Tensor, "B E"]
-    ) -> Float[Tensor, "B F"]:
-        return unit(self.head(torch.cat([self.normal(features), summary], dim=1)))
+        self, features: Float[Tensor, "B F"], summary: Float[Tensor, "K B E"]
+    ) -> Float[Tensor, "K B F"]:
+        context = self._normal(features).expand(SCORERS, -1, -1)
+        hidden = nn.functional.gelu(self.hidden(torch.cat([context, summary], dim=2)))
+        return unit(self.out(hidden))
+
+    @staticmethod
+    def _normal(features: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
+        return nn.functional.layer_norm(features, features.shape[-1:])
 
 
 @dataclass(frozen=True)
@@ -272,6 +118,8 @@ class Scores:
     """No other candidate looks more likely."""
     pool: Integer[Tensor, " B"]
     """Candidates, the own one included."""
+    level: float
+    """The score whose weight is the mean of the batch's, before clipping."""
 
 
 class TransitionScorer(nn.Module):
@@ -290,6 +138,7 @@ class TransitionScorer(nn.Module):
         # In a list, so that the policy's weights do not become this module's.
         self._source: list[Any] = [encoder or PlainFeatures(policy)]
         self.target: nn.Module = self._source[0].clone()
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         blank, instruction = _blank(policy, contract)
         with torch.no_grad():
             features = self.target(blank, instruction)
@@ -312,10 +161,13 @@ class TransitionScorer(nn.Module):
             "queue_task": torch.full((config.queue,), -1),
             "queue_next": torch.zeros((), dtype=torch.int64),
             "updates": torch.zeros((), dtype=torch.int64),
+            "lessons": torch.zeros((), dtype=torch.int64),
+            # Chunks that taught each scorer.
+            "taught": torch.zeros(SCORERS, dtype=torch.int64),
             # temperature, beta, share of hard negatives
             "control": torch.tensor([config.temperature, config.beta, 0.0], dtype=torch.float64),
-            # Moving averages of 1, score, margin and accuracy.
-            "averages": torch.zeros(4, dtype=torch.float64),
+            # Moving averages of 1, score, margin, accuracy and level.
+            "averages": torch.zeros(5, dtype=torch.float64),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value.to(device))
@@ -326,38 +178,37 @@ class TransitionScorer(nn.Module):
         return self
 
     def weigh(self, batch: Batch) -> tuple[Float[Tensor, " B"], Metrics]:
-        """Weight of each item, and one update of the scorer.
+        """Weight of each item; with it, at times, one lesson for the scorer.
 
         Raises:
             NonFiniteLoss: nothing has been changed.
         """
-        config = self.config
-        warm = int(self.get_buffer("updates")) < config.warmup_updates
+        config, updates = self.config, int(self.get_buffer("updates"))
+        warm = updates < config.warmup_updates
         present, target = self._targets(batch)
-        scores, loss, told = self._score(batch, present, target)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteLoss(
-                f"the transition scorer's loss is {loss.item()} at update "
-                f"{int(self.get_buffer('updates'))}; its weights are untouched. Look for NaN or "
-                "huge values in the saved batch"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()
-        parallel.average_gradients(list(self.net.parameters()))
-        self.optimizer.step()
-        self._follow()
-        self._push(target, present, batch.task, scores.has_future)
-        weight = torch.ones_like(scores.weight) if warm else scores.weight
+        # Judged first: what a batch teaches must not raise its own score.
+        scores = self._judge(batch, present, target)
+        self._require_finite(scores.score)
         known = scores.has_future
-        self._control(told | {"known": float(known.float().mean())})
+        known_share = float(known.float().mean())
+        told = {"score": float(scores.score.sum() / known.sum().clamp(min=1))}
+        if warm or updates % config.lesson_every == 0:
+            told |= self._lesson(batch, present, target)
+            told["accuracy"] = float((scores.recognised & known).sum() / known.sum().clamp(min=1))
+            told["pool"] = float(scores.pool.float().mean())
+            self._push(target, present, batch.task, known)
+            self._control(told, scores.level, known_share)
+        self._follow()
         self.get_buffer("updates").add_(1)
+        # A tensor that a loss may keep: the judge's are for inference.
+        weight = torch.ones(len(batch)).to(target) if warm else scores.weight.clone()
         temperature, beta, hard = self.get_buffer("control").tolist()
+        low, high = weight.aminmax()
         return weight, {
             **{f"transition/{name}": value for name, value in told.items()},
-            "transition/loss": float(loss.detach()),
-            "transition/known_share": float(known.float().mean()),
-            "transition/weight_min": float(weight.min()),
-            "transition/weight_max": float(weight.max()),
+            "transition/known_share": known_share,
+            "transition/weight_min": float(low),
+            "transition/weight_max": float(high),
             "transition/effective_share": effective_sample_size(weight),
             "transition/temperature": temperature,
             "transition/beta": beta,
@@ -367,49 +218,104 @@ class TransitionScorer(nn.Module):
     @torch.no_grad()
     def scores(self, batch: Batch) -> Scores:
         """How a batch fares, without learning and without touching the queue."""
-        return self._score(batch, *self._targets(batch))[0]
+        return self._judge(batch, *self._targets(batch))
 
-    def _score(
+    @torch.inference_mode()
+    def _judge(
         self, batch: Batch, present: Float[Tensor, "B F"], target: Float[Tensor, "B F"]
-    ) -> tuple[Scores, Float[Tensor, ""], Metrics]:
-        config = self.config
-        assert batch.has_future is not None
-        known = batch.has_future
+    ) -> Scores:
+        """Each item by the scorer that its episode has not taught."""
+        known = self._known(batch)
         temperature, beta, _ = self.get_buffer("control").tolist()
-        middle, scale = self.get_buffer("action_middle"), self.get_buffer("action_range")
-        chunk = torch.where(batch.valid[..., None], (batch.action - middle) / scale, 0.0)
-        summary, tokens_loss = self.net.summarise(present, chunk)
-        guess = self.net.guess(present, summary)
-        logits = self._logits(batch, guess, present, target, known, temperature)
-        score, log_p = transition_score(logits)
-        score = torch.where(known, score, 0.0)
-        # Another item's chunk in place of the own one.
-        shuffled = summary[torch.randperm(len(summary), device=summary.device)]
-        permuted = (self.net.guess(present, shuffled) * target).sum(dim=1) / temperature
-        permuted = permuted.clamp(-20.0, 20.0)
-        count = known.sum().clamp(min=1)
-        by_item = config.id_weight * -log_p + config.rank_weight * rank_loss(logits[:, 0], permuted)
-        loss = torch.where(known, by_item, 0.0).sum() / count + tokens_loss
-        with torch.no_grad():
-            weight = transition_weight(score, known, beta=beta, config=config)
-            pool = logits.isfinite().sum(dim=1)
-            recognised = logits.argmax(dim=1) == 0
-            scores = Scores(score.detach(), weight, known, recognised, pool)
-            told = {
-                "score": float(score.sum() / count),
-                "margin": float((logits[:, 0] - permuted)[known].sum() / count),
-                "accuracy": float((recognised & known).sum() / count),
-                "pool": float(pool.float().mean()),
-            }
-        return scores, loss, told
+        summary, _ = self.net.summarise(present, self._chunk(batch))
+        judge = self._judges(batch)
+        guess = self._of(self.net.guess(present, summary), judge)
+        # The queue fills up small batches; a large one is a pool by itself.
+        draws = min(max(JUDGED_AMONG - len(batch), 0), self.config.queue_draws)
+        others, there = self._pool(target, known, draws)
+        logits = candidate_logits(guess, target, others, there, temperature)
+        score, _ = transition_score(logits)
+        pool = logits.isfinite().sum(dim=1)
+        # Nothing is known of a chunk without a rival, or by a scorer that nothing has taught.
+        sure = known & (pool > 1) & (self.get_buffer("taught")[judge] > 0)
+        score = torch.where(sure, score, 0.0)
+        level = score_level(score, sure, beta=beta)
+        centre = 0.0
+        if self.config.relative:
+            seen, *_, total = self.get_buffer("averages").tolist()
+            centre = total / seen if seen else level
+        weight = transition_weight(score, sure, beta=beta, config=self.config, centre=centre)
+        return Scores(score, weight, known, logits.argmax(dim=1) == 0, pool, level)
 
-    @torch.no_grad()
-    def _targets(self, batch: Batch) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B F"]]:
-        """(projected features of the present, unit target): one pass of the averaged encoder."""
+    def _lesson(
+        self, batch: Batch, present: Float[Tensor, "B F"], target: Float[Tensor, "B F"]
+    ) -> Metrics:
+        """One step of Eq. P6 and P7, each scorer on its half of the episodes."""
+        config, known = self.config, self._known(batch)
+        temperature, _, share = self.get_buffer("control").tolist()
+        mine = 1 - self._judges(batch)
+        summary, tokens_loss = self.net.summarise(present, self._chunk(batch))
+        guess = self._of(self.net.guess(present, summary), mine)
+        hard = round(share * config.queue_draws)
+        others, there = self._pool(target, known, config.queue_draws - hard)
+        logits = candidate_logits(guess, target, others, there, temperature)
+        if hard:
+            more, close = self._hard(batch, present, hard)
+            rivals = candidate_logits(guess, target, more, close, temperature)
+            logits = torch.cat([logits, rivals[:, 1:]], dim=1)
+        _, log_p = transition_score(logits)
+        # Another item's chunk in place of the own one.
+        shuffled = summary[:, torch.randperm(len(target), device=target.device)]
+        permuted = self._of(self.net.guess(present, shuffled), mine)
+        permuted = ((permuted * target).sum(dim=1) / temperature).clamp(-20.0, 20.0)
+        by_item = config.id_weight * -log_p + config.rank_weight * rank_loss(logits[:, 0], permuted)
+        count = known.sum().clamp(min=1)
+        loss = torch.where(known, by_item, 0.0).sum() / count + tokens_loss
+        self._require_finite(loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        parallel.average_gradients(list(self.net.parameters()))
+        self.optimizer.step()
+        self.get_buffer("taught").add_(torch.bincount(mine[known], minlength=SCORERS))
+        self.get_buffer("lessons").add_(1)
+        margin = (logits[:, 0] - permuted).detach()[known].sum() / count
+        return {"loss": float(loss.detach()), "margin": float(margin)}
+
+    def _require_finite(self, value: Tensor) -> None:
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteLoss(
+                "the transition scorer's loss or score is not finite at update "
+                f"{int(self.get_buffer('updates'))}; its weights are untouched. Look for NaN or "
+                "huge values in the saved batch"
+            )
+
+    def _chunk(self, batch: Batch) -> Float[Tensor, "B H A"]:
+        middle, scale = self.get_buffer("action_middle"), self.get_buffer("action_range")
+        return torch.where(batch.valid[..., None], (batch.action - middle) / scale, 0.0)
+
+    def _judges(self, batch: Batch) -> Integer[Tensor, " B"]:
+        """Which scorer has not been taught by each item's episode; any, where nothing is held out
+        or nobody knows the episodes."""
+        if self.config.held_out and batch.episode is not None:
+            return batch.episode % SCORERS
+        return torch.randint(SCORERS, (len(batch),), device=batch.task.device)
+
+    @staticmethod
+    def _of(guess: Float[Tensor, "K B F"], scorer: Integer[Tensor, " B"]) -> Float[Tensor, "B F"]:
+        return guess[scorer, torch.arange(len(scorer), device=scorer.device)]
+
+    @staticmethod
+    def _known(batch: Batch) -> Bool[Tensor, " B"]:
         if batch.has_future is None:
             raise ValueError(
                 "the batch has no future observations; ask for them with DataNeeds.future_steps"
             )
+        return batch.has_future
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B F"]]:
+        """(projected features of the present, unit target): one pass of the averaged encoder."""
+        self._known(batch)
         now, later = batch.observation, batch.future_observation
         both = {key: torch.cat([now[key], later[key]]) for key in now if key in later}
         features = self.target(both, [*batch.instruction, *batch.instruction])
@@ -417,34 +323,30 @@ class TransitionScorer(nn.Module):
         change = self.config.target == "change"
         return present, unit(future - present if change else future)
 
-    def _logits(
-        self,
-        batch: Batch,
-        guess: Float[Tensor, "B F"],
-        present: Float[Tensor, "B F"],
-        target: Float[Tensor, "B F"],
-        known: Bool[Tensor, " B"],
-        temperature: float,
-    ) -> Float[Tensor, "B C"]:
-        """The own target, then the rest of the batch, other ranks, the queue and hard negatives."""
-        queue, task = self.get_buffer("queue"), self.get_buffer("queue_task")
-        filled = task >= 0
-        draws = self.config.queue_draws
-        hard = round(float(self.get_buffer("control")[2]) * draws)
-        drawn = torch.randperm(len(queue), device=queue.device)[: draws - hard]
+    def _pool(
+        self, target: Float[Tensor, "B F"], known: Bool[Tensor, " B"], draws: int
+    ) -> tuple[Float[Tensor, "N F"], Bool[Tensor, "B N"]]:
+        """Futures to tell the own one from, and which of them count for which item: the rest of the
+        batch, other ranks, and so many of the queue."""
+        queue, filled = self.get_buffer("queue"), self.get_buffer("queue_task") >= 0
+        drawn = torch.randperm(len(queue), device=queue.device)[:draws]
         elsewhere, there = gathered(target, known)
-        others = torch.cat([target, elsewhere, queue[drawn]])
-        is_present = torch.cat([known, there, filled[drawn]])[None].repeat(len(target), 1)
-        is_present[:, : len(target)].fill_diagonal_(False)
-        logits = candidate_logits(guess, target, others, is_present, temperature)
-        if hard == 0:
-            return logits
-        # The rule: of the queue, those of the same task whose present looked most like ours.
-        alike = unit(present) @ self.get_buffer("queue_present").T
-        alike = alike.masked_fill(task[None] != batch.task[:, None], -torch.inf)
-        close, place = alike.topk(hard, dim=1)
-        more = candidate_logits(guess, target, queue[place], close.isfinite(), temperature)
-        return torch.cat([logits, more[:, 1:]], dim=1)
+        present = torch.cat([known, there, filled[drawn]])[None].repeat(len(target), 1)
+        present[:, : len(target)].fill_diagonal_(False)
+        return torch.cat([target, elsewhere, queue[drawn]]), present
+
+    def _hard(
+        self, batch: Batch, present: Float[Tensor, "B F"], count: int
+    ) -> tuple[Float[Tensor, "B N F"], Bool[Tensor, "B N"]]:
+        """The rule: of some of the queue, those of the same task whose present looked most like
+        ours."""
+        queue = self.get_buffer("queue")
+        some = torch.randperm(len(queue), device=queue.device)[: HARD_AMONG * count]
+        alike = unit(present) @ self.get_buffer("queue_present")[some].T
+        other = self.get_buffer("queue_task")[some][None] != batch.task[:, None]
+        alike = alike.masked_fill(other, -torch.inf)
+        close, place = alike.topk(min(count, len(some)), dim=1, sorted=False)
+        return queue[some[place]], close.isfinite()
 
     @torch.no_grad()
     def _push(self, target: Tensor, present: Tensor, task: Tensor, known: Tensor) -> None:
@@ -461,22 +363,24 @@ class TransitionScorer(nn.Module):
     @torch.no_grad()
     def _follow(self) -> None:
         """Eq. P3: the target encoder moves towards the policy's."""
-        mine, its = self.target.state_dict(), self._source[0].state_dict()
-        moving = [name for name, t in mine.items() if t.is_floating_point()]
-        if moving and self.config.ema_decay < 1.0:
+        if self.config.ema_decay == 1.0:
+            return
+        if self._pairs is None:
+            mine, its = self.target.state_dict(), self._source[0].state_dict()
+            moving = [name for name, t in mine.items() if t.is_floating_point()]
+            self._pairs = [mine[name] for name in moving], [its[name] for name in moving]
+        if self._pairs[0]:
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage] (one kernel for all)
-                [mine[name] for name in moving],
-                [its[name].detach() for name in moving],
-                1.0 - self.config.ema_decay,
+                *self._pairs, 1.0 - self.config.ema_decay
             )
 
-    def _control(self, told: Metrics) -> None:
+    def _control(self, told: Metrics, level: float, known_share: float) -> None:
         averages = self.get_buffer("averages")
-        if told["known"] > 0:
-            new = torch.tensor([1.0, told["score"], told["margin"], told["accuracy"]])
+        if known_share > 0:
+            new = torch.tensor([1.0, told["score"], told["margin"], told["accuracy"], level])
             averages.mul_(0.98).add_(0.02 * new.to(averages))
-        due = (int(self.get_buffer("updates")) + 1) % self.config.control_every == 0
-        weight, score, margin, _ = averages.tolist()
+        due = int(self.get_buffer("lessons")) % self.config.control_every == 0
+        weight, score, margin, *_ = averages.tolist()
         if self.config.adaptive and due and weight > 0:
             control = self.get_buffer("control")
             temperature, beta, _ = control.tolist()

@@ -11,7 +11,7 @@ from trajectory_store import FleetView, load_contract
 from vla_post.cli.errors import UserError
 from vla_post.cli.ptr import Show, Weights
 from vla_post.learners.ptr import PtrConfig
-from vla_post.learners.transition import TransitionConfig
+from vla_post.learners.transition_math import TransitionConfig
 from vla_post.policies.build import build_policy
 from vla_post.training.data import mixture, statistics
 from vla_post.training.trainer import TrainConfig, Trainer

@@ -1,6 +1,7 @@
 """PTR: checks PTR-1 to PTR-10 of the specification, bad input, and what it can tell apart."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from trajectory_store import Source, load_contract
 from vla_post.batch import Batch, NonFiniteLoss
 from vla_post.learners.hg_dagger import HgDaggerConfig, hg_dagger_loss
 from vla_post.learners.ptr import PtrConfig
-from vla_post.learners.transition import (
+from vla_post.learners.transition import TransitionScorer
+from vla_post.learners.transition_math import (
     TransitionConfig,
-    TransitionScorer,
     belief_assignment,
     candidate_logits,
     controlled,
@@ -100,6 +101,7 @@ def world(size: int, *, seed: int = 0, noise: float = 0.0, known: float = 1.0) -
 def scorer(policy: Any = None, **config: Any) -> TransitionScorer:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"width": 32, "queue": 64, "queue_draws": 16, "warmup_updates": 0}
+    settings |= {"lesson_every": 1}
     return TransitionScorer(policy or Toy(), CONTRACT, TransitionConfig(**(settings | config)))
 
 
@@ -198,16 +200,20 @@ def test_ptr7_the_target_encoder_follows_at_its_rate_and_without_gradient():
 
 def test_ptr8_an_item_without_a_future_weighs_one_and_changes_nobody_else():
     batch = world(16)
+    one = scorer()
+    for step in range(5):
+        one.weigh(world(16, seed=20 + step))
     torch.manual_seed(3)
-    whole = scorer().scores(batch)
+    whole = one.scores(batch)
     known = torch.tensor([True] * 12 + [False] * 4)
     spoiled = {STATE: batch.future_observation[STATE].clone()}
     spoiled[STATE][12:] = 1e6
     torch.manual_seed(3)
-    less = scorer().scores(batch.replace(has_future=known, future_observation=spoiled))
+    less = one.scores(batch.replace(has_future=known, future_observation=spoiled))
     fewer = batch.replace(has_future=known)
     torch.manual_seed(3)
-    same = scorer().scores(fewer)
+    same = one.scores(fewer)
+    assert (less.weight[:12] != 1).all()
     assert (less.weight[12:] == 1).all()
     torch.testing.assert_close(less.weight, same.weight)
     assert less.pool[0] == whole.pool[0] - 4
@@ -258,7 +264,41 @@ def test_it_learns_to_tell_chunks_that_explain_their_future_from_others(target: 
     auroc = float((clean[:, None] > wrong[None]).float().mean())
     assert auroc > 0.8
     assert float(scores.weight[:300].mean()) > 1.5 * float(scores.weight[300:].mean())
+    # Measured from their level, weights use both ends of the clip; as printed, one end alone.
+    assert float(scores.weight.mean()) == pytest.approx(1.0, abs=0.4)
+    one.config = replace(one.config, relative=False)
+    assert float((one.scores(world(400, seed=1)).weight == 4).float().mean()) > 0.5
     assert float(scores.recognised[:300].float().mean()) > 0.05  # chance: 1 / 464
+
+
+def test_a_scorer_judges_only_episodes_that_have_not_taught_it():
+    """Few chunks, seen many times: each is known by heart from its state, whatever its action."""
+    batch = world(128, noise=0.25).replace(episode=torch.arange(128) % 16)
+    found: dict[bool, float] = {}
+    for held_out in (True, False):
+        one = scorer(held_out=held_out, learning_rate=3e-3, adaptive=False)
+        for _ in range(250):
+            one.weigh(batch)
+        score = one.scores(batch).score
+        found[held_out] = float((score[:96, None] > score[None, 96:]).float().mean())
+    assert found[True] > max(found[False] + 0.05, 0.8), found
+
+
+def test_a_store_of_one_episode_weighs_one():
+    one = scorer()
+    for step in range(3):
+        batch = world(16, seed=step).replace(episode=torch.zeros(16, dtype=torch.int64))
+        weight, told = one.weigh(batch)
+        assert (weight == 1).all()
+        assert math.isfinite(told["transition/loss"])
+
+
+def test_after_the_warm_up_it_learns_from_every_so_many_batches_and_judges_all():
+    one = scorer(warmup_updates=2, lesson_every=3)
+    told = [one.weigh(world(16, seed=step))[1] for step in range(8)]
+    lessons = [number for number, t in enumerate(told) if "transition/loss" in t]
+    assert lessons == [0, 1, 3, 6]
+    assert all(t["transition/effective_share"] < 1.0 for t in told[2:])
 
 
 def test_the_queue_keeps_the_last_targets_in_turn_and_hard_negatives_are_of_the_same_task():
@@ -270,7 +310,8 @@ def test_the_queue_keeps_the_last_targets_in_turn_and_hard_negatives_are_of_the_
     one.get_buffer("control")[2] = 0.5
     scores = one.scores(world(4, seed=9).replace(task=torch.zeros(4, dtype=torch.int64)))
     assert scores.score.isfinite().all()
-    assert int(scores.pool.max()) <= 1 + 3 + 4 + 4
+    assert int(scores.pool.max()) <= 1 + 3 + 8
+    one.weigh(world(4, seed=10))
 
 
 @pytest.mark.parametrize("case", ["alike", "one item", "no future", "still", "copies"])
@@ -347,6 +388,6 @@ def test_without_other_ranks_nothing_is_gathered():
 @pytest.mark.parametrize(
     "wrong", [{"min_weight": 0.0}, {"max_weight": 0.5}, {"alpha": 2.0}, {"queue": 0}, {"beta": 0.0}]
 )
-def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]):
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ValueError, match=r"expected|must"):
         TransitionConfig(**wrong)

@@ -73,8 +73,9 @@ class Study:
     """Of each arm, after the start's."""
     batch_size: int = 128
     learning_rate: float = 1e-3
-    online_share: float = 0.5
-    """0.7 for arms that also weigh the robot's own steps."""
+    online_share: float = 0.6
+    """Of each batch, the same in every arm. Sirius needs fewer than half demonstrations, so that
+    the robot's own steps can have the rest."""
     evaluation_episodes: int = 40
     show: bool = False
     """Print the tables of what has been measured, and measure nothing."""
@@ -191,13 +192,12 @@ class Cell:
     def batches(
         self, online: FleetView | None, trainer: Trainer, weighting: Weighting = "human-only"
     ) -> Any:
-        share = 0.7 if weighting in ("iwr", "sirius") else self.study.online_share
         return mixture(
             self.view,
             online,
             self.contract,
             batch_size=self.study.batch_size,
-            online_share=share,
+            online_share=self.study.online_share,
             needs=trainer.config.algorithm.data(self.contract),
             seed=self.seed * 1_000_003 + trainer.updates,
             keys=trainer.policy.observation_keys,

@@ -6,13 +6,17 @@
 One policy for all tasks, from scripted demonstrations in one of these states:
 
 - `clean`: experts;
-- `corrupted`: experts, with the paper's mix on top: noise of 0.1 on the recorded actions of 30 % of
-  the episodes, 25 % cut to 40-70 % of their length, 20 % filed under another task;
+- `corrupted`: experts, with the paper's mix on top: 25 % of the episodes cut to 40-70 % of their
+  length, 20 % filed under another task, noise of 0.1 on the recorded actions of 30 %;
+- `mismatched`: experts, but recorded actions are often not those that moved the robot: noise of 0.5
+  on 30 % of the episodes, the actions of another episode in 30 %;
 - `mixed`: a third experts, the rest of another style, noisy, hesitating, or wrong about the goal.
 
-Arms: `cloning`; `ptr` with the paper's settings; `ptr-no-clip`; `ptr-frozen`, whose target encoder
-stays as it was at the start; `ptr-change`, whose target is how the features change; `filtered`,
-cloning that knows which ticks are bad, an upper bound.
+Arms: `cloning`; `ptr`, our defaults; `ptr-paper`, the paper's score (the future itself, from a
+scorer that was taught by what it judges) and weight (not relative); `ptr-no-clip`; `ptr-frozen`,
+whose target encoder stays as it was at the start; `filtered`, cloning that leaves out the ticks
+that are bad; `unspoiled`, cloning of the same demonstrations before they were spoiled: what knowing
+everything would give.
 """
 
 import time
@@ -27,7 +31,15 @@ import torch
 import tyro
 
 import sim
-from sim.corruptions import Marked, action_noise, behave, mislabelled, spoil_some, truncation
+from sim.corruptions import (
+    Marked,
+    action_noise,
+    behave,
+    misjoined,
+    mislabelled,
+    spoil_some,
+    truncation,
+)
 from sim.demonstrations import write_episode
 from trajectory_store import (
     ChunkSampler,
@@ -42,7 +54,7 @@ from vla_post.batch import Algorithm, Batch
 from vla_post.evaluation.paired import wilson_interval
 from vla_post.learners.hg_dagger import HgDaggerConfig
 from vla_post.learners.ptr import Ptr, PtrConfig
-from vla_post.learners.transition import TransitionConfig
+from vla_post.learners.transition_math import TransitionConfig
 from vla_post.policies.build import build_policy
 from vla_post.recipes.studies.common import Results, averaged, scratch, successes, train
 from vla_post.recipes.studies.interventions import bootstrap
@@ -60,9 +72,9 @@ class Study:
     policy: str = "chunk_flow"
     tasks: tuple[str, ...] = ("reach", "push", "pick-place")
     seeds: tuple[int, ...] = (0, 1, 2)
-    data: tuple[str, ...] = ("corrupted", "mixed", "clean")
+    data: tuple[str, ...] = ("mismatched", "corrupted", "clean", "mixed")
     arms: tuple[str, ...] = (
-        "cloning", "ptr", "ptr-no-clip", "ptr-frozen", "ptr-change", "filtered"
+        "cloning", "ptr", "unspoiled", "ptr-paper", "filtered", "ptr-no-clip", "ptr-frozen"
     )  # fmt: skip
     demonstrations: int = 12
     """Per task."""
@@ -98,12 +110,17 @@ class Cell:
         self.results = results
         self.bad: dict[str, np.ndarray] = {}
         self.kind: dict[str, str] = {}
-        episodes = demonstrations(contract, study.tasks, study.demonstrations, data, seed)
-        with StoreWriter.create_or_open(folder / "store", contract, writer="mixed") as writer:
+        self.folder = folder
+        self.view = self.record(data)
+
+    def record(self, data: str) -> FleetView:
+        study, store = self.study, self.folder / data
+        episodes = demonstrations(self.contract, study.tasks, study.demonstrations, data, self.seed)
+        with StoreWriter.create_or_open(store, self.contract, writer="mixed") as writer:
             for marked in episodes:
                 uuid = write_episode(writer, marked.episode, operator=marked.kind)
                 self.bad[uuid], self.kind[uuid] = marked.bad, marked.kind
-        self.view = FleetView(folder / "store")
+        return FleetView(store)
 
     def run(self) -> None:
         for arm in self.study.arms:
@@ -114,13 +131,14 @@ class Cell:
         started = time.process_time()
         study = self.study
         torch.manual_seed(self.seed)
-        policy = build_policy(study.policy, self.contract, statistics(self.view, self.contract))
+        view = self.record("clean") if name == "unspoiled" else self.view
+        policy = build_policy(study.policy, self.contract, statistics(view, self.contract))
         algorithm = algorithm_of(name, study.learning_rate)
         trainer = Trainer(
             policy,
             TrainConfig(algorithm=algorithm, batch_size=study.batch_size, seed=self.seed),
         )
-        sampler = self.sampler(trainer, filtered=name == "filtered")
+        sampler = self.sampler(trainer, view, filtered=name == "filtered")
         metrics = train(trainer, sampler, study.updates, lambda progress: cosine(progress, 0.1))
         trained = time.process_time()
         told: dict[str, Any] = {}
@@ -135,11 +153,11 @@ class Cell:
         self.results.add(row)
         print({k: row[k] for k in ("data", "seed", "arm", "success", "train_cpu_s")}, flush=True)
 
-    def sampler(self, trainer: Trainer, *, filtered: bool) -> ChunkSampler:
+    def sampler(self, trainer: Trainer, view: FleetView, *, filtered: bool) -> ChunkSampler:
         def good(episode: Episode) -> np.ndarray:
             return (~self.bad[episode.uuid]).astype(np.float64)
 
-        part = Part(data=self.view, balance_tasks=True)
+        part = Part(data=view, balance_tasks=True)
         return ChunkSampler(
             [replace(part, item_weights=good) if filtered else part],
             horizon=self.contract.chunk_horizon,
@@ -152,7 +170,7 @@ class Cell:
 
     def seen(self, trainer: Trainer, learner: Ptr) -> dict[str, Any]:
         """Scores of clean against bad ticks: AUROC of each kind of fault, and mean weights."""
-        sampler = self.sampler(trainer, filtered=False)
+        sampler = self.sampler(trainer, self.view, filtered=False)
         scores: list[np.ndarray] = []
         weights: list[np.ndarray] = []
         kinds: list[str] = []
@@ -184,7 +202,7 @@ def algorithm_of(arm: str, learning_rate: float) -> Algorithm:
         "ptr": TransitionConfig(),
         "ptr-no-clip": TransitionConfig(clip=False),
         "ptr-frozen": TransitionConfig(ema_decay=1.0),
-        "ptr-change": TransitionConfig(target="change"),
+        "ptr-paper": TransitionConfig(target="future", held_out=False, relative=False),
     }
     return PtrConfig(base=base, transition=settings[arm]) if arm in settings else base
 
@@ -205,10 +223,16 @@ def demonstrations(
     experts = [m for task in tasks for m in behave(contract, task, "expert", n, first)]
     if data == "clean":
         return experts
-    if data != "corrupted":
-        raise ValueError(f"no data {data!r}; there are clean, corrupted, mixed")
-    mix = [(action_noise(contract), 0.30), (truncation(), 0.25)]
-    mix.append((mislabelled(contract, tasks), 0.20))
+    if data == "corrupted":
+        mix = [
+            (truncation(), 0.25),
+            (mislabelled(contract, tasks), 0.20),
+            (action_noise(contract), 0.30),
+        ]
+    elif data == "mismatched":
+        mix = [(action_noise(contract, 0.5), 0.30), (misjoined(experts), 0.30)]
+    else:
+        raise ValueError(f"no data {data!r}; there are clean, corrupted, mismatched, mixed")
     return spoil_some(experts, mix, seed)
 
 
