@@ -193,7 +193,11 @@ def slowdown(seconds: float, viewers: int) -> dict[str, Any]:
     from trajectory_store import load_contract
 
     folder = Path(tempfile.mkdtemp(prefix="bench_lockstep_"))
-    path, address = sim.CONTRACTS / "metaworld_pixels.yaml", folder / "address"
+    data = load_contract(sim.CONTRACTS / "metaworld_pixels.yaml").to_dict()
+    task = next(iter(data["tasks"]))
+    data["tasks"][task]["time_limit_s"] = 1e6  # one episode lasts for all phases
+    path, address = folder / "cell.yaml", folder / "address"
+    path.write_text(json.dumps(data))
     console = {"port": 0, "address_file": str(address), "token_file": str(folder / "tokens")}
     specs = cell_nodes(CellConfig(contract=path, store=folder / "store", console=console))
     found: dict[str, list[float]] = {"nobody": [], "one": [], f"{viewers} viewers": []}
@@ -204,6 +208,12 @@ def slowdown(seconds: float, viewers: int) -> dict[str, Any]:
     ):
         while not address.exists() or cell.state.mode != "HOLD":
             group.poll()
+            time.sleep(0.1)
+        reply = cell.request("start_episode", task=task, seed=0, timeout_s=60.0)
+        if not reply.success:  # a lockstep cell stands still between episodes
+            raise RuntimeError(f"no episode: {reply.message}")
+        stamp = cell.state.stamp_ns
+        while cell.state.stamp_ns - stamp < 1e8:  # the scene is reset first
             time.sleep(0.1)
         link = address.read_text().split()[0]
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
