@@ -316,7 +316,8 @@ def measure(seconds: float, folder: Path, reactions: int = 20) -> dict[str, Any]
 
             def quiet() -> bool:
                 looker.wait(1.5)
-                seen.append(looker.diagnostics.get("recorder", {}))
+                told = looker.diagnostics.get("recorder", {})
+                seen.append({k: v for k, v in told.items() if k.startswith(("received", "lost"))})
                 return len(seen) > 2 and seen[-1] == seen[-2]
 
             looker.until(quiet, "the recorder's last counts")

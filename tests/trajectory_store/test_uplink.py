@@ -318,6 +318,9 @@ def kill_often(folder: Path, s3, cameras, record, open_writer, jpegs, *, times: 
         time.sleep(chance.random() * 0.3)  # not a wait: the random instant itself
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait(timeout=30) == -signal.SIGKILL
+    # One more, so that the last process has work, and is beyond its start when it is told to end.
+    uuids.append(record(writer, 30, seed=len(uuids), frames=lambda i: frames[i]))
+    writer.flush()
     process = uplink_process(folder)
     wait(lambda: arrived() >= len(uuids), "the last process did not finish")
     process.send_signal(signal.SIGTERM)
