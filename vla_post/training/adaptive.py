@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from trajectory_store import ChunkBatch, ChunkSampler, Contract, Filter, FleetView, Part, Source
+from trajectory_store import ChunkBatch, Contract, Filter, FleetView, Part, Source
 from vla_post import parallel
 from vla_post.batch import DataNeeds
 from vla_post.critics.returns import require_outcomes
-from vla_post.training.data import require_fitting
+from vla_post.training.data import require_fitting, sampler_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,19 +146,14 @@ class AdaptiveSampler:
             keep = Filter(tasks=[task], sources=sources)
             return Part(name=_name(task, fresh), data=views[fresh], filter=keep)
 
-        self._sampler = ChunkSampler(
+        self._sampler = sampler_of(
             [part(task, fresh) for task, fresh in self._parts],
-            horizon=contract.chunk_horizon,
+            contract,
+            needs,
             batch_size=batch_size,
             seed=seed,
-            keys=None if keys is None else list(dict.fromkeys((*keys, *needs.keys))),
-            next_observation=needs.next_observation,
-            future=needs.future_steps,
-            takeovers=needs.takeovers,
-            backup=needs.backup,
-            valid_sources=needs.valid_sources,
+            keys=keys,
             shard=shard,
-            frame_cache_bytes=256 << 20,
         )
         self._there = set(self._sampler.shares)
         self._fresh = np.array([fresh for _, fresh in self._parts])

@@ -87,6 +87,30 @@ def mixture(
         parts.append(part(ONLINE, online, share, needs.sources))
         if needs.double_buffer:
             parts.append(part(INTERVENTIONS, online, online_share, (Source.HUMAN,)))
+    return sampler_of(
+        parts,
+        contract,
+        needs,
+        batch_size=batch_size,
+        seed=seed,
+        keys=keys,
+        shard=shard,
+        workers=workers,
+    )
+
+
+def sampler_of(
+    parts: Sequence[Part],
+    contract: Contract,
+    needs: DataNeeds,
+    *,
+    batch_size: int,
+    seed: int,
+    keys: Sequence[str] | None,
+    shard: tuple[int, int],
+    workers: int = 0,
+) -> ChunkSampler:
+    """What every mixture draws with; the arguments are those of `mixture`."""
     return ChunkSampler(
         parts,
         horizon=contract.chunk_horizon,

@@ -6,7 +6,7 @@ beyond which a member gains nothing, since a Gaussian's KL has none and would ou
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor
 from vla_post.batch import Metrics
 from vla_post.learners.uni_o4.policies import Policies, best_other
 from vla_post.learners.uni_o4.samples import Samples, draw
-from vla_post.learners.uni_o4.stage import MemberAdamW
+from vla_post.learners.uni_o4.stage import EnsembleStage, MemberAdamW
 
 LOOK_EVERY = 50
 """Updates between two looks at how far the members are apart, each a pass of the whole ensemble."""
@@ -64,7 +64,7 @@ def cloning_loss(
     return (loss + alpha * (loss - best)).mean(dim=1)
 
 
-class Cloning:
+class Cloning(EnsembleStage):
     """Fits the ensemble; a stage."""
 
     name = "cloning"
@@ -72,18 +72,11 @@ class Cloning:
     def __init__(
         self, policies: Policies, samples: Samples, config: CloningConfig, seed: int = 0
     ) -> None:
-        self.policies, self.samples, self.config, self.seed = policies, samples, config, seed
-        self.optimizer = MemberAdamW(
+        optimizer = MemberAdamW(
             list(policies.parameters()), config.learning_rate, config.max_grad_norm
         )
-
-    @property
-    def updates(self) -> int:
-        return self.optimizer.updates
-
-    @property
-    def done(self) -> bool:
-        return self.updates >= self.config.updates
+        super().__init__(policies, optimizer, config.updates)
+        self.samples, self.config, self.seed = samples, config, seed
 
     def update(self) -> Metrics:
         config = self.config
@@ -107,13 +100,6 @@ class Cloning:
         if self.updates % LOOK_EVERY == 0 or self.done:
             out["cloning/disagreement"] = disagreement(self.policies, batch.state, generator)
         return out
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"policies": self.policies.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()

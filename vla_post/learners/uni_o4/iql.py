@@ -5,7 +5,6 @@ min(exp(beta A), 100). Online the same two updates go on, over the data and what
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from vla_post.learners.uni_o4.online import OnlineConfig, OnlinePpo, Rollout
 from vla_post.learners.uni_o4.policies import Policies
 from vla_post.learners.uni_o4.rollouts import VectorEnvironment
 from vla_post.learners.uni_o4.samples import Samples, Scales, draw
-from vla_post.learners.uni_o4.stage import MemberAdamW
+from vla_post.learners.uni_o4.stage import EnsembleStage, MemberAdamW
 from vla_post.learners.uni_o4.values import ValueFit, Values
 
 
@@ -29,7 +28,7 @@ class IqlPolicyConfig:
     max_weight: float = 100.0
 
 
-class IqlPolicy:
+class IqlPolicy(EnsembleStage):
     """Weighted cloning; a stage.
 
     Args:
@@ -48,17 +47,10 @@ class IqlPolicy:
         unit: float,
         seed: int = 0,
     ) -> None:
-        self.policies, self.values, self.samples = policies, values, samples
+        optimizer = MemberAdamW(list(policies.parameters()), config.learning_rate, 1e6)
+        super().__init__(policies, optimizer, config.updates)
+        self.values, self.samples = values, samples
         self.config, self.unit, self.seed = config, unit, seed
-        self.optimizer = MemberAdamW(list(policies.parameters()), config.learning_rate, 1e6)
-
-    @property
-    def updates(self) -> int:
-        return self.optimizer.updates
-
-    @property
-    def done(self) -> bool:
-        return self.updates >= self.config.updates
 
     def update(self) -> Metrics:
         config = self.config
@@ -73,13 +65,6 @@ class IqlPolicy:
             "iql/weight_mean": float(weight.mean()),
             "iql/advantage_std": float(advantage.std()),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"policies": self.policies.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from vla_post.learners.uni_o4.dynamics import Termination
 from vla_post.learners.uni_o4.policies import Policies
 from vla_post.learners.uni_o4.ppo import clip_at, ppo_metrics, ppo_terms, shaped_advantage
 from vla_post.learners.uni_o4.samples import Samples, Scales, draw
-from vla_post.learners.uni_o4.stage import MemberAdamW
+from vla_post.learners.uni_o4.stage import EnsembleStage, MemberAdamW
 from vla_post.learners.uni_o4.values import Values
 
 TrueReturns = Callable[[Policies], Float[Tensor, " K"]]
@@ -66,7 +66,7 @@ class OfflineConfig:
             )
 
 
-class OfflinePpo:
+class OfflinePpo(EnsembleStage):
     """Improves the ensemble; a stage. `policies` are pi, `old` the gated policies that act."""
 
     name = "offline"
@@ -84,13 +84,14 @@ class OfflinePpo:
         termination: Termination | None = None,
         true_returns: TrueReturns | None = None,
     ) -> None:
-        self.policies, self.values, self.model = policies, values, model
+        optimizer = MemberAdamW(
+            list(policies.parameters()), config.learning_rate, config.max_grad_norm
+        )
+        super().__init__(policies, optimizer, config.updates)
+        self.values, self.model = values, model
         self.samples, self.scales, self.config, self.seed = samples, scales, config, seed
         self.termination, self.true_returns = termination, true_returns
         self.old = copy.deepcopy(policies).requires_grad_(False)
-        self.optimizer = MemberAdamW(
-            list(policies.parameters()), config.learning_rate, config.max_grad_norm
-        )
         self.inside = Range.of(samples.state, config.gate.range_margin)
         self.best: Tensor | None = None
         """AM-Q of each member's old policy; the cloned policy's, to begin with."""
@@ -98,14 +99,6 @@ class OfflinePpo:
         self.looks: list[dict[str, Any]] = []
         """Of every look of the gate: step, and by member score, accepted and, where there is a
         simulator, true return and that of the policy it would replace."""
-
-    @property
-    def updates(self) -> int:
-        return self.optimizer.updates
-
-    @property
-    def done(self) -> bool:
-        return self.updates >= self.config.updates
 
     def update(self) -> Metrics:
         """One step of U5-U8 for every member, and a look of the gate when one is due."""
@@ -202,19 +195,16 @@ class OfflinePpo:
         return int(order[true[order].argmax()])
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policies": self.policies.state_dict(),
+        return super().state_dict() | {
             "old": self.old.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "best_true": self.best_true,
             "looks": self.looks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policies.load_state_dict(state["policies"])
+        super().load_state_dict(state)
         self.old.load_state_dict(state["old"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.best, self.best_true = state["best"], state["best_true"]
         self.looks = list(state["looks"])
 

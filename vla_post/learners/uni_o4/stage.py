@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vla_post.batch import Metrics
 from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
+from vla_post.learners.uni_o4.policies import Policies
 
 
 @runtime_checkable
@@ -38,6 +39,28 @@ class Stage(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class EnsembleStage:
+    """What the stages share that train an ensemble for a fixed number of updates."""
+
+    def __init__(self, policies: Policies, optimizer: "MemberAdamW", planned: int) -> None:
+        self.policies, self.optimizer, self.planned = policies, optimizer, planned
+
+    @property
+    def updates(self) -> int:
+        return self.optimizer.updates
+
+    @property
+    def done(self) -> bool:
+        return self.updates >= self.planned
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"policies": self.policies.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policies.load_state_dict(state["policies"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def adamw(parameters: Sequence[nn.Parameter], rate: float, decay: float = 0.0) -> GuardedAdamW:
