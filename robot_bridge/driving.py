@@ -9,6 +9,7 @@ deadman, by silence, or because the link is gone.
 """
 
 import array
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Hand:
 
 
 class Driving:
-    """Publishes until `close`; lives in the thread that spins `node`.
+    """Publishes until `close`; lives in the thread that spins `node`, all but `say_now`.
 
     Args:
         hand: (stamp in the cell's time, the newest joints) -> Hand.
@@ -63,6 +64,8 @@ class Driving:
         self._joints: Joints | None = None
         self._answered_ns = -1
         self._next_s = 0.0
+        self._closed = False
+        self._saying = threading.Lock()
         self.error: Exception | None = None
         """What `hand` raised; nothing is published any more."""
         self._joy = node.create_publisher(Joy, "teleop/joy", reliable(1))
@@ -88,8 +91,11 @@ class Driving:
             self._say()
 
     def _say(self) -> None:
-        if self.error is not None:
-            return
+        with self._saying:
+            if self.error is None and not self._closed:
+                self._publish()
+
+    def _publish(self) -> None:
         tick_ns = self._answered_ns if self._lockstep else self._now_ns()
         try:
             hand = self._hand(tick_ns, self._joints)
@@ -105,7 +111,7 @@ class Driving:
         self._publish_joy(tick_ns, hand.deadman)
 
     def say_now(self) -> None:
-        """In real time: at once instead of at the next period."""
+        """In real time: at once instead of at the next period; from any thread."""
         if not self._lockstep:
             self._say()
 
@@ -117,6 +123,8 @@ class Driving:
 
     def close(self) -> None:
         """Lets go of the deadman, and takes the publishers away."""
+        with self._saying:
+            self._closed = True
         self._node.destroy_timer(self._timer)
         self._publish_joy(self._answered_ns if self._lockstep else self._now_ns(), False)
         publishers: tuple[Any, ...] = (self._joy, self._target)

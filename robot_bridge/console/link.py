@@ -32,9 +32,11 @@ class CellLink(CellClient):
         self._do(lambda: self._notes.publish(String(data=text)))
 
     def nudge(self) -> None:
-        """Publishes the operator's hand now instead of at the next period, in real time."""
-        if not self.lockstep:
-            self._do(self._say_now)
+        """Publishes the operator's hand now instead of at the next period, in real time: in the
+        caller's thread, so that a jog waits for nobody."""
+        driving = self._driving
+        if driving is not None:
+            driving.say_now()
 
     def stop(self) -> "Future[Reply]":
         """The emergency stop, by the supervisor and the arbiter itself: one is enough."""
@@ -65,8 +67,3 @@ class CellLink(CellClient):
     def _open_notes(self) -> None:
         self._arbiter_stop = self._node.create_client(Trigger, "arbiter/estop")
         self._notes = self._node.create_publisher(String, NOTES_TOPIC, reliable(50))
-
-    def _say_now(self) -> None:
-        driving = self._driving
-        if driving is not None:
-            driving.say_now()

@@ -1,6 +1,7 @@
 """Tokens, sessions, names and rates, on a clock of our own."""
 
 import os
+import socket
 
 import pytest
 
@@ -147,3 +148,12 @@ def test_a_taken_port_is_answered_by_the_next_free_one():
         port = first.getsockname()[1]
         with _bind("127.0.0.1", port) as second:
             assert second.getsockname()[1] != port
+
+
+def test_small_messages_wait_for_no_acknowledgement():
+    with _bind("127.0.0.1", 0) as listener:
+        listener.setblocking(True)
+        with socket.create_connection(listener.getsockname()):
+            far, _ = listener.accept()
+            with far:
+                assert far.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -11,13 +11,25 @@ export class Cameras {
     this.link = link;
     this.element = h("div", { class: "cameras" });
     this.views = [];
-    this.stats = { drawn: 0, ages: [] };
-    this.ready = new Map(); // camera -> {bitmap, seq, sentMs, age}
+    this.clearStats();
+    this.ready = new Map(); // camera -> {bitmap, sentMs, age}
     this.decoding = new Set();
     this.newest = new Map();
     this.asked = false;
     link.addEventListener("picture", (event) => this.receive(event.detail));
     setInterval(() => this.count(), 1000);
+  }
+
+  // Ages in ms of the last pictures: when they arrived here, were decoded, were drawn.
+  clearStats() {
+    this.stats = { drawn: 0, arrived: [], decoded: [], ages: [] };
+  }
+
+  age(picture, list) {
+    const age = this.link.now() - picture.sentMs + picture.age;
+    list.push(age);
+    if (list.length > 5000) list.splice(0, 2500);
+    return age;
   }
 
   show(cameras) {
@@ -41,12 +53,9 @@ export class Cameras {
     const view = new DataView(data);
     const camera = view.getUint8(0);
     if (view.getUint8(1) !== 1) return;
-    this.newest.set(camera, {
-      age: view.getUint16(2, true),
-      seq: view.getUint32(4, true),
-      sentMs: view.getFloat64(8, true),
-      data,
-    });
+    const picture = { age: view.getUint16(2, true), sentMs: view.getFloat64(8, true), data };
+    this.age(picture, this.stats.arrived);
+    this.newest.set(camera, picture);
     this.decode(camera);
   }
 
@@ -57,6 +66,7 @@ export class Cameras {
     this.decoding.add(camera);
     try {
       picture.bitmap = await createImageBitmap(new Blob([new Uint8Array(picture.data, HEADER)], { type: "image/jpeg" }));
+      this.age(picture, this.stats.decoded);
       this.ready.get(camera)?.bitmap.close();
       this.ready.set(camera, picture);
       if (!this.asked) {
@@ -88,11 +98,9 @@ export class Cameras {
       view.context.drawImage(bitmap, 0, 0);
       bitmap.close();
       view.drawn += 1;
-      view.age = this.link.now() - picture.sentMs + picture.age;
+      view.age = this.age(picture, this.stats.ages);
       view.seen = performance.now();
       this.stats.drawn += 1;
-      this.stats.ages.push(this.link.now() - picture.sentMs + picture.age);
-      if (this.stats.ages.length > 5000) this.stats.ages.splice(0, 2500);
     }
     this.ready.clear();
     if (done.length) this.link.send({ type: "drawn", cameras: done });
