@@ -130,7 +130,8 @@ class App {
     this.session = message.session;
     this.cells = message.cells;
     this.has = message.has;
-    say(this.who, `${this.session.name} (${t(`role.${this.session.role}`)})`);
+    const role = t(`role.${this.session.role}`);
+    say(this.who, this.session.name === this.session.role ? role : `${this.session.name} (${role})`);
     if (message.title) document.title = `${message.title}: ${t("app")}`;
     fill(this.cellChoice, this.cells.map((cell) => h("option", { value: cell.cell }, cell.cell)));
     this.cellChoice.hidden = this.cells.length < 2;
@@ -214,7 +215,7 @@ class App {
   // Keys ----------------------------------------------------------------------
 
   onKey(event, down) {
-    if (!this.session || event.ctrlKey || event.metaKey || event.altKey || this.pages?.keys.catching) return;
+    if (!this.session) return;
     const action = this.keys.action(event.code);
     if (action === null) return;
     if (action === "stop") {
@@ -224,6 +225,7 @@ class App {
       }
       return;
     }
+    if (event.ctrlKey || event.metaKey || event.altKey || this.pages?.keys.catching) return;
     const target = event.target;
     const typing = target instanceof Element && target.matches("input:not([type=range]), textarea, select, [contenteditable]");
     const choosing = target instanceof Element && target.matches("button:focus-visible, a:focus-visible, summary:focus-visible")
