@@ -296,8 +296,9 @@ class _Drill:
         new = self._learner_lines()[lines:]
         resumed = next(row["update"] for row in new if row.get("learner") == "waiting")
         following = next(row["update"] for row in new if "loss" in row)
-        published = {v.learner_step for v in self._registry().versions()}
-        assert resumed in published, (resumed, sorted(published))
+        published = [v.learner_step for v in self._registry().versions()]
+        assert resumed in published, (resumed, published)
+        assert len(published) == len(set(published)), f"published twice: {published}"
         assert following == resumed + 1
         self.report["learner"] = {"episodes_meanwhile": closed, "resumed_at": resumed}
 

@@ -209,6 +209,8 @@ class BucketRegistry(Registry):
             key = f"versions/{version.name}.json"
             if self._objects.create(key, manifest_bytes(version)):
                 break
+            if self._objects.get(key) == manifest_bytes(version):
+                break  # the answer to an earlier attempt was lost
         for key, data in objects.items():  # `prune` saw them before the manifest named them
             if not self._objects.exists(key):
                 self._objects.put(key, data)

@@ -322,11 +322,15 @@ class Registry:
         snapshots: Mapping[str, str] | None = None,
         metrics: Mapping[str, Any] | None = None,
         promote: bool = True,
+        publication: str = "",
     ) -> Version:
         """Copies a checkpoint folder in as the next version.
 
         Args:
             contract: of the cell; must be the one inside the checkpoint.
+            publication: a name that the publisher never uses again. A version above `parent` that
+                has it is completed, and no second one is made: who died meanwhile, or lost the
+                answer, makes the same call again.
             promote: make it active at once, unless a person pinned another version, a canary is
                 out, or the gate holds this one.
 
@@ -339,6 +343,10 @@ class Registry:
         made_for = parse_contract(read_card(source)["contract"], name=str(source / CARD))
         contract.require_same(made_for, here="the registry's cell", there=str(source))
         self.root.mkdir(parents=True, exist_ok=True)
+        made = self._made(publication, parent or 0) if publication else None
+        if made is not None:
+            told = {e["version"] for e in self.history() if e["action"] == "publish"}
+            return made if made.number in told else self._published(made, promote)
         temporary = Path(tempfile.mkdtemp(prefix=".publishing-", dir=self.root))
         try:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
@@ -358,10 +366,19 @@ class Registry:
                     "snapshots": dict(snapshots or {}),
                     "metrics": dict(metrics or {}),
                     "files": files,
+                    "publication": publication,
                 },
             )
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        return self._published(version, promote)
+
+    def _made(self, publication: str, after: int) -> Version | None:
+        newer = (self.version(number) for number in self.numbers() if number > after)
+        return next((version for version in newer if version.publication == publication), None)
+
+    def _published(self, version: Version, promote: bool) -> Version:
+        """The second half of `publish`: history and pointer."""
         entries = [_entry("publish", version.number, "")]
 
         def move(state: State) -> State:

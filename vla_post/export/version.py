@@ -50,6 +50,8 @@ class Version:
     """In a bucket: relative path -> object that holds it, whole or as a difference."""
     sent_bytes: int = 0
     """In a bucket: what a robot with the base at hand downloads; 0 in a folder."""
+    publication: str = ""
+    """The publisher's own name of this publication, by which it is made only once."""
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from trajectory_store import ChunkBatch, ChunkSampler, FleetView, NotAStore, StoreUnavailable
 from vla_post import parallel
@@ -144,6 +145,8 @@ class LearnerProcess:
             self.registry.set_gate(config.gate_margin)
         self._drawn = 0.0
         self._parent: int | None = None
+        self._pending: dict[str, Any] | None = None
+        """What was saved in order to be published, and is not known to be there yet."""
         self._published_at = 0
         self._round_left = 0
         """Batch mode: updates until this round is over."""
@@ -158,6 +161,7 @@ class LearnerProcess:
             for version in self.registry.versions():
                 self._freshness.published(version.number, version.created_ns / 1e9)
             self._drawn, self._parent = float(extra["drawn"]), extra["parent"]
+            self._pending = extra.get("pending")
             self._published_at = self.trainer.updates
             self._round_left = int(extra.get("round_left", 0))
             self._trained_episodes = int(extra.get("trained_episodes", 0))
@@ -190,10 +194,13 @@ class LearnerProcess:
         with MetricsLog(path, mirror=config.mirror, config=described) as metrics:
             metrics.write({"learner": "waiting", "update": self.trainer.updates})
             try:
+                if self._pending is not None:  # the last process was killed on the way
+                    self._look(metrics)  # for the gate, which compares on batches
+                    self._publish(metrics)
                 self._loop(metrics)
             finally:
                 parallel.tell({"do": "stop"})
-                if self.trainer.updates > self._published_at:
+                if self._pending is not None or self.trainer.updates > self._published_at:
                     self._publish(metrics)
                 self._told_operation(metrics)
                 self._save()
@@ -442,6 +449,7 @@ class LearnerProcess:
                 "windows": self._windows.state_dict(),
                 "drawn": self._drawn,
                 "parent": self._parent,
+                "pending": self._pending,
                 "round_left": self._round_left,
                 "trained_episodes": self._trained_episodes,
             },
@@ -459,29 +467,34 @@ class LearnerProcess:
             old.rename(self._state)
 
     def _publish(self, metrics: MetricsLog) -> None:
+        """Saved first, then published, under a name that is in the state: a learner that is killed
+        in between publishes it when it resumes, and one that is killed later does not do so again.
+        """
+        if self._pending is None or self._pending["learner_step"] != self.trainer.updates:
+            self._pending = {
+                "publication": uuid4().hex,
+                "learner_step": self.trainer.updates,
+                "snapshots": {} if self._sampler is None else self._sampler.snapshot_ids,
+                "metrics": {"online_rows": self._rows, "updates": self.trainer.updates},
+            }
+            self._save()
         folder = Path(tempfile.mkdtemp(prefix="publish_", dir=self.config.run))
         try:
             self.trainer.save_policy(folder)
             self._published_s = time.monotonic()  # an outage is tried again after `publish_s`
+            scores = self._scores(folder)
+            what = self._pending | {"metrics": self._pending["metrics"] | scores}
             version = self.registry.publish(
-                folder,
-                contract=self.contract,
-                parent=self._parent,
-                learner_step=self.trainer.updates,
-                snapshots={} if self._sampler is None else self._sampler.snapshot_ids,
-                metrics={"online_rows": self._rows, "updates": self.trainer.updates}
-                | self._scores(folder),
+                folder, contract=self.contract, parent=self._parent, **what
             )
         except RegistryUnavailable as error:
             self._is_away(error)
-            self._save()
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._parent = version.number
+        self._parent, self._pending = version.number, None
         self._freshness.published(version.number)
         self._published_at, self._published_s = self.trainer.updates, time.monotonic()
-        self._save()  # a learner that is killed goes on from its last version
         told = {key: version.metrics[key] for key in SCORES if key in version.metrics}
         metrics.write({"published": version.number, "at_update": self.trainer.updates} | told)
         log.info("published %s after %d updates", version.name, self.trainer.updates)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save, save_file
 
 from trajectory_store.contract import Contract, load_contract
-from vla_post.export.bucket import BucketRegistry
+from vla_post.export.bucket import BucketRegistry, _Objects
 from vla_post.export.delta import NoDelta, decode, encode
 from vla_post.export.registry import Registry, RegistryError, VersionDamaged, open_registry
 from vla_post.policies.checkpoint import write_card
@@ -201,6 +201,25 @@ def test_publishers_at_the_same_time_take_different_numbers(s3, tmp_path, contra
     # No entry of the history was overwritten by the other publisher's.
     published = [e["version"] for e in registry.history() if e["action"] == "publish"]
     assert sorted(published) == list(range(1, 9))
+
+
+def test_a_lost_answer_makes_no_second_version(s3, tmp_path, contract, monkeypatch):
+    registry = BucketRegistry("s3://fleet/registry")
+    create = _Objects.create
+
+    def twice(self: _Objects, key: str, data: bytes) -> bool:
+        """As the client does when the first answer is lost."""
+        create(self, key, data)
+        return create(self, key, data)
+
+    monkeypatch.setattr(_Objects, "create", twice)
+    folder = checkpoint(tmp_path / "start", contract, weights())
+    one = registry.publish(folder, contract=contract, publication="once")
+    assert registry.numbers() == [1]
+    # The publisher itself did not see the answer, and asks again.
+    assert registry.publish(folder, contract=contract, publication="once") == one
+    assert registry.numbers() == [1]
+    assert registry.publish(folder, contract=contract, publication="other").number == 2
 
 
 def test_prune_leaves_what_is_needed(s3, tmp_path, contract, robot, monkeypatch):

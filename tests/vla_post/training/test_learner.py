@@ -227,6 +227,40 @@ def test_a_kill_while_the_state_is_saved_leaves_the_one_before(
     assert again.run() == 25
 
 
+@pytest.mark.parametrize("moment", ["_take_in", "_published"])
+def test_a_kill_between_saving_and_publishing_makes_up_for_it_once(
+    folders: Path, contract: Contract, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    """Before the version is there, and when it is and nothing points to it."""
+    record(folders / "online" / "robot", contract, [Source.HUMAN] * 30)
+    LearnerProcess(config(folders, max_updates=2, publish_updates=2)).run()
+
+    class Killed(BaseException):
+        pass
+
+    def die(self: Registry, *_: object) -> None:
+        raise Killed
+
+    killed = LearnerProcess(config(folders, max_updates=4, publish_updates=2, resume=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, moment, die)
+        with pytest.raises(Killed):
+            killed.run()
+    registry = Registry(folders / "registry")
+    assert registry.active() == registry.version(2)
+    again = LearnerProcess(config(folders, max_updates=4, publish_updates=2, resume=True))
+    assert again.trainer.updates == 4
+    assert again.run() == 4
+    assert [(v.learner_step, v.parent) for v in registry.versions()] == [(0, None), (2, 1), (4, 2)]
+    assert registry.active() == registry.version(3)
+    assert [e["version"] for e in registry.history() if e["action"] == "publish"] == [1, 2, 3]
+    saved = killed.trainer.save_policy(folders / "saved") / "model.safetensors"
+    assert saved.read_bytes() == (registry.path(3) / "model.safetensors").read_bytes()
+    last = LearnerProcess(config(folders, max_updates=6, publish_updates=2, resume=True))
+    assert last.run() == 6
+    assert [v.learner_step for v in registry.versions()] == [0, 2, 4, 6]
+
+
 def test_an_outage_of_the_object_storage_is_waited_out(s3, folders: Path, contract: Contract):
     from trajectory_store import copying
     from vla_post.export.registry import open_registry
