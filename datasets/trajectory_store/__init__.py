@@ -18,6 +18,7 @@ from trajectory_store.errors import (
     SpoolFull,
     StoreBusy,
     StoreError,
+    StoreTaken,
     StoreUnavailable,
 )
 from trajectory_store.reader import FleetView, Store
@@ -53,6 +54,7 @@ __all__ = [
     "Store",
     "StoreBusy",
     "StoreError",
+    "StoreTaken",
     "StoreUnavailable",
     "StoreWriter",
     "Tick",

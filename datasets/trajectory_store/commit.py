@@ -142,6 +142,7 @@ def commit(
         tails=tails,
         table_tail=table[last_chunk(n_episodes) * EPISODE_ROWS - table_first :],
         open_frames=open_frames,
+        fed_by=head.fed_by,
     )
     values["zarr.json"] = new.root_node()
     with translated(location):

@@ -8,8 +8,11 @@ parent. The lock only keeps two writers from getting in each other's way.
 """
 
 import hashlib
+import socket
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +21,7 @@ import numpy as np
 from trajectory_store.commit import Put, commit, replace_episodes
 from trajectory_store.contract import Contract
 from trajectory_store.durability import restore_repo_file
-from trajectory_store.errors import StoreError
+from trajectory_store.errors import StoreError, StoreTaken
 from trajectory_store.head import Head, is_store, read_head
 from trajectory_store.layout import create, evolve
 from trajectory_store.lock import WriterLock
@@ -35,6 +38,26 @@ def _quiet(_what: str, _done: int, _of: int) -> None:
     return
 
 
+@dataclass(frozen=True, kw_only=True)
+class Feeder:
+    """The one store that a robot's place at the fleet is fed from, as that place remembers it."""
+
+    first: str
+    """Uuid of its first episode: no other store has it, wherever it is moved."""
+    store: str
+    host: str
+    since: str
+
+    @classmethod
+    def of(cls, store: Store) -> "Feeder":
+        """Args:
+        store: has an episode.
+        """
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        host = socket.gethostname()
+        return cls(first=store.table[0].uuid, store=store.location, host=host, since=since)
+
+
 class Target:
     """A store that receives copies. It is made when the first episode comes.
 
@@ -44,10 +67,14 @@ class Target:
     Args:
         writer: named to others while it is held.
         put: see `commit.commit`.
+        take_over: feed it from now on, whoever did before.
     """
 
-    def __init__(self, location: str, writer: str, *, put: Put | None = None) -> None:
+    def __init__(
+        self, location: str, writer: str, *, put: Put | None = None, take_over: bool = False
+    ) -> None:
         self.location = location
+        self._take_over = take_over
         self.episodes: dict[str, Episode] = {}
         """By uuid, in the order of the table."""
         self._writer, self._put = writer, put
@@ -55,25 +82,46 @@ class Target:
         self._head: Head | None = None
 
     @contextmanager
-    def held(self, contract: Contract) -> Generator[None]:
+    def held(self, contract: Contract, feeder: Feeder | None = None) -> Generator[None]:
         """Holds the writer's lock; `add` and `change` need it.
+
+        The lock is for this moment only. That a place belongs to one robot, also while that one is
+        away, is written in the store: with the first commit under a feeder.
 
         Args:
             contract: of the first episode, if the store has to be made.
+            feeder: this place is its own, and nobody else's; None: anybody's.
 
         Raises:
             StoreBusy: somebody else writes there.
+            StoreTaken: it is another feeder's.
             StoreUnavailable
         """
         self._lock.acquire()
         try:
             self._open(contract)
+            if feeder is not None:
+                self._claim(feeder)
             yield
         except BaseException:
             self._head = None  # a commit may have arrived whose answer did not
             raise
         finally:
             self._lock.release()
+
+    def _claim(self, feeder: Feeder) -> None:
+        assert self._head is not None
+        known = self._head.fed_by
+        if known.get("first") == feeder.first:
+            return
+        if known and not self._take_over:
+            raise StoreTaken(
+                f"{self.location}: belongs to the store {known['store']} on {known['host']}, which "
+                f"has delivered here since {known['since']}; two robots never share a place. Give "
+                "this one a name of its own (`--name`, or its store's folder). Only if the other "
+                f"store is gone for good: `vla-post uplink {feeder.store} DEST --once --take-over`"
+            )
+        self._head.fed_by = asdict(feeder)
 
     def still_held(self) -> None:
         """Renews the lock; for long uploads. Raises StoreBusy when it was lost."""
@@ -123,6 +171,7 @@ class Target:
         for uuid, episode in new.items():
             self.episodes[uuid] = episode.replace(first_row=row, end_row=row + len(episode))
             row += len(episode)
+        self._take_over = False
         self._lock.refresh()
         return list(new)
 

@@ -22,6 +22,10 @@ class StoreBusy(StoreError):
     """Another writer holds this store; the message names it."""
 
 
+class StoreTaken(StoreError):
+    """Another robot feeds this store; the message names it."""
+
+
 class StoreUnavailable(StoreError):
     """The disk is full or read-only, or the object storage does not answer."""
 

@@ -55,6 +55,8 @@ class Head:
     """Episodes of the last chunk of the table, as JSON."""
     open_frames: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     """Of the running episode: where its last frames lie, (frame, offset, bytes)."""
+    fed_by: dict[str, str] = field(default_factory=dict[str, str])
+    """The one store whose uplink delivers here (`copying.Feeder`); {} for any other store."""
 
     def root_node(self) -> bytes:
         """zarr.json of the root group."""
@@ -68,6 +70,7 @@ class Head:
             "features": self.features,
             "contract": self.contract.sha256,
         }
+        attributes |= {"fed_by": self.fed_by} if self.fed_by else {}
         node = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         return json.dumps(node).encode()
 
@@ -191,6 +194,7 @@ def read_head(repository: icechunk.Repository, location: str, *, tolerant: bool 
         tails=tails,
         table_tail=table_tail,
         open_frames=open_frames,
+        fed_by=dict(root.get("fed_by", {})),
     )
 
 

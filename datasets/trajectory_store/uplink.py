@@ -33,7 +33,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from trajectory_store.copying import Target, fit_to_copy
+from trajectory_store.copying import Feeder, Target, fit_to_copy
 from trajectory_store.errors import NotAStore, StoreBusy, StoreError
 from trajectory_store.reader import Store
 from trajectory_store.repository import find_stores, is_url, normalise, set_many
@@ -59,10 +59,12 @@ class UplinkConfig:
     """Of this robot at DEST; empty: the store's folder name. With several stores each keeps its
     own."""
     bandwidth_mbit_s: float = 0.0
-    """Megabits a second of what is sent, on average; 0 does not limit. A single object (at most a
-    few seconds of one camera) goes as fast as the line takes it."""
+    """Megabits a second of what is sent; 0 does not limit. In any T seconds at most so much times T
+    goes, and one burst beyond: see `Bandwidth`."""
     poll_s: float = 0.5
     """How often the local store is looked at, in seconds."""
+    take_over: bool = False
+    """DEST/NAME was fed from a store that is gone for good; this one goes on in its place."""
 
     def __post_init__(self) -> None:
         if self.bandwidth_mbit_s < 0 or self.poll_s <= 0:
@@ -106,10 +108,19 @@ class UplinkHealth:
 
 
 class Bandwidth:
-    """Spends bytes no faster than `mbit_s`, on average; waits end early when `stop` is set."""
+    """A token bucket that is empty while nothing is sent: in any T seconds at most `mbit_s` times T
+    is spent, and the largest single spending beyond. Waits end early when `stop` is set.
+
+    The uplink spends `burst_bytes` at a time, or one object if that is larger (a shard: a second or
+    so of one camera's pictures), which the client of the object storage sends at the line's speed.
+    """
 
     def __init__(self, mbit_s: float, stop: threading.Event) -> None:
         self._rate = mbit_s * 1e6 / 8
+        self.burst_bytes = 1 << 20
+        """A quarter of a second, if that is less."""
+        if self._rate > 0:
+            self.burst_bytes = min(self.burst_bytes, max(int(self._rate / 4), 1 << 14))
         self._free_at = 0.0
         self._stop = stop
 
@@ -191,6 +202,7 @@ class Uplink:
                     self._bandwidth,
                     self.stop,
                     self.config.poll_s,
+                    self.config.take_over,
                 )
 
 
@@ -204,13 +216,15 @@ class Route:
         bandwidth: Bandwidth,
         stop: threading.Event,
         poll_s: float,
+        take_over: bool = False,
     ) -> None:
         """Raises StoreBusy: another uplink has this route."""
         if store.location == dest:
             raise StoreError(f"{dest}: cannot be delivered to itself")
         self.health = UplinkHealth(store=store.location, dest=dest)
         self._store, self._stop, self._bandwidth = store, stop, bandwidth
-        self._target = Target(dest, f"uplink of {store.location}", put=self._put)
+        writer = f"uplink of {store.location}"
+        self._target = Target(dest, writer, put=self._put, take_over=take_over)
         self._journal = Journal(store.location, dest)
         self._poll_s = poll_s
         self._sizes: dict[str, int] = {}
@@ -238,7 +252,7 @@ class Route:
                 # The journal is held against the target once, even if nothing waits.
                 first = not self._target.episodes and bool(self._journal.labels)
                 if self._waits or self._relabelled() or first:
-                    with self._target.held(self._store.contract):
+                    with self._target.held(self._store.contract, Feeder.of(self._store)):
                         self._deliver()
                 self._changed = False
                 self._tell(force=True)
@@ -305,11 +319,13 @@ class Route:
         """Sends chunks, metadata first, at the pace of the bandwidth."""
         nodes = {k: v for k, v in values.items() if k.endswith("zarr.json")}
         chunks = {k: v for k, v in values.items() if k not in nodes}
-        batches = [nodes] if nodes else []
+        batches, room = [nodes] if nodes else [], 0
         for key, data in chunks.items():
-            if not batches or sum(map(len, batches[-1].values())) + len(data) > 1 << 20:
+            if not batches or room < len(data):
                 batches.append({})
+                room = self._bandwidth.burst_bytes
             batches[-1][key] = data
+            room -= len(data)
         for batch in batches:
             size = sum(map(len, batch.values()))
             self._bandwidth.spend(size)

@@ -1,5 +1,8 @@
 """The uplink's node says in /diagnostics what was delivered and what waits."""
 
+import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
@@ -15,7 +18,7 @@ from rclpy.parameter import Parameter
 import sim
 from robot_bridge.nodes.common import UserError, reliable
 from robot_bridge.nodes.uplink import UplinkNode
-from trajectory_store import Store, StoreWriter, load_contract
+from trajectory_store import Store, StoreError, StoreWriter, load_contract
 
 pytestmark = pytest.mark.ros
 
@@ -72,6 +75,61 @@ def test_diagnostics(tmp_path):
         told = spin(lambda w: w.level == DiagnosticStatus.WARN)
         assert told.message.startswith("2 episodes wait, oldest")
         assert values(told)["backlog_episodes"] == "2"
+
+
+def test_killed_in_the_middle_of_an_upload(tmp_path, s3):
+    """The process of a cell; what was in transit goes again, once, and bit for bit."""
+    contract = load_contract(sim.CONTRACTS / "metaworld_state.yaml")
+    random, store, dest = np.random.default_rng(0), tmp_path / "store", "s3://fleet/cells"
+    with StoreWriter.create_or_open(store, contract) as writer:
+        for ticks in (5, 6000):  # noise: nothing of it is compressed away
+            writer.write_episode(
+                "reach",
+                {k: random.normal(size=(ticks, *f.shape)) for k, f in contract.vectors.items()},
+                random.uniform(-1, 1, (ticks, contract.action.size)),
+                outcome="success",
+            )
+
+    def start(mbit_s: float) -> subprocess.Popen:
+        words = ["--ros-args", "-r", "__ns:=/cell_7", "-p", f"store:={store}", "-p"]
+        words += [f"dest:={dest}", "-p", f"bandwidth_mbit_s:={mbit_s}"]
+        return subprocess.Popen([sys.executable, "-m", "robot_bridge.nodes.uplink", *words])
+
+    def until(condition, what: str) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.02)
+
+    def delivered() -> list[str]:
+        try:
+            return [e.uuid for e in Store(f"{dest}/store").table]
+        except StoreError:
+            return []
+
+    here = Store(store)
+    size = 6000 * sum(c.row_bytes for c in here.columns.values())
+    killed = start(size * 8e-6 / 60)  # a minute, if nobody stops it
+    try:
+        until(lambda: s3.sent > 300_000, "it sent nothing")
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(30) == -signal.SIGKILL
+    finally:
+        killed.kill()
+        killed.wait()
+    assert len(delivered()) < 2
+    again = start(0.0)
+    try:
+        until(lambda: len(delivered()) == 2, "it did not go on")
+    finally:
+        again.send_signal(signal.SIGINT)
+        assert again.wait(60) == 0
+    there = Store(f"{dest}/store")
+    assert sorted(delivered()) == sorted(e.uuid for e in here.table)
+    for a in here.table:
+        b = there.episode(a.uuid)
+        for name in here.columns:
+            np.testing.assert_array_equal(here.read(name, a), there.read(name, b), err_msg=name)
 
 
 def values(status: DiagnosticStatus) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -243,6 +245,64 @@ def test_bandwidth_is_spent_no_faster_than_it_comes(monkeypatch):
     assert now[0] == pytest.approx(161.0)
     Bandwidth(0.0, stop).spend(10**12)
     assert now[0] == pytest.approx(161.0)
+    # In any time T: at most the rate times T, and the largest spending beyond.
+    slow, chance = Bandwidth(0.8, stop), random.Random(0)
+    assert slow.burst_bytes == 25_000
+    spent: list[tuple[float, int]] = []
+    for _ in range(200):
+        now[0] += chance.choice([0.0, 0.0, 0.3])
+        size = chance.randrange(1, slow.burst_bytes)
+        slow.spend(size)
+        spent.append((now[0], size))
+    for i, (begun, _) in enumerate(spent):
+        total = 0
+        for stamp, size in spent[i:]:
+            total += size
+            assert total <= 100_000 * (stamp - begun) + slow.burst_bytes + 1e-3
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_two_robots_of_one_name_never_share_a_place(
+    tmp_path, request, contract, record, open_writer, where
+):
+    """Also while the first is away: no lock is held then."""
+    if where == "s3":
+        request.getfixturevalue("s3")
+    dest = DEST if where == "s3" else str(tmp_path / "fleet")
+    for robot, count in (("a", 2), ("b", 1)):
+        with open_writer(contract, tmp_path / robot / "cell_1") as writer:
+            for _ in range(count):
+                record(writer, 5)
+
+    def deliver(robot: str, **options) -> str:
+        """What was wrong."""
+        uplink = Uplink(UplinkConfig(store=tmp_path / robot / "cell_1", dest=dest, **options))
+        try:
+            uplink.round()
+        finally:
+            uplink.close()
+        (health,) = uplink.health
+        assert health.backlog_episodes == (0 if health.ok else 1)
+        return health.error
+
+    def there(name: str = "cell_1") -> set[str]:
+        return {e.uuid for e in Store(f"{dest}/{name}").table}
+
+    a, b = ({e.uuid for e in Store(tmp_path / r / "cell_1").table} for r in ("a", "b"))
+    assert deliver("a") == ""
+    told = deliver("b")
+    assert f"belongs to the store {tmp_path / 'a' / 'cell_1'} on {socket.gethostname()}" in told
+    assert "--name" in told
+    assert there() == a
+    shutil.move(tmp_path / "a", tmp_path / "moved")  # it is still the same store
+    assert deliver("moved") == ""
+    assert deliver("b", name="cell_2") == ""
+    assert there("cell_2") == b
+    assert deliver("b", take_over=True) == ""
+    assert there() == a | b
+    with open_writer(contract, tmp_path / "moved" / "cell_1") as writer:
+        record(writer, 5)
+    assert "belongs to" in deliver("moved")
 
 
 def test_a_cut_network_shows_as_backlog_and_heals(

@@ -31,6 +31,8 @@ class UplinkCommand:
     """Limit of what is sent, in megabits a second, on average. 0: none."""
     poll_s: float = 0.5
     """How often the local store is looked at."""
+    take_over: bool = False
+    """DEST/NAME was fed from a store that is gone for good (a new disk); go on in its place."""
     once: bool = False
     """Deliver what is closed now and end: status 0 when nothing is left, 1 otherwise."""
     status: bool = False
@@ -52,6 +54,7 @@ class UplinkCommand:
             name=self.name,
             bandwidth_mbit_s=self.bandwidth_mbit_s,
             poll_s=self.poll_s,
+            take_over=self.take_over,
         )
         logging.basicConfig(level=logging.WARNING, format="uplink: %(message)s", stream=sys.stderr)
         uplink = Uplink(config)
