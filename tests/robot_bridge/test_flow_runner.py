@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from robot_bridge.core.chunking import Question
+from robot_bridge.core.chunking import Question, ask
 from robot_bridge.nodes.insight import Insight
 from robot_bridge.nodes.versions import Loaded
 from trajectory_store.contract import Contract
 
-from .cells import arm
-from .graph import DEADLINE_S
+from .cells import arm, one_axis
+from .graph import DEADLINE_S, Cell
 from .test_real_time import LiveArm
 
 STD = 0.2
@@ -164,3 +164,63 @@ def test_a_flow_policy_continues_its_chunks_and_says_how_sure_it_is(tmp_path: Pa
         assert np.median(first) < 0.3 * np.median(last)
         assert (first > 1e-6).all()
         cell.call("supervisor/cancel_episode")
+
+
+@pytest.mark.ros
+def test_recap_asks_for_good_chunks_on_a_cell(tmp_path: Path):
+    """From a registry, in lockstep: each chunk is the guided one (Eq. R10), number for number."""
+    import torch
+
+    from vla_post.export import load_policy
+    from vla_post.export.registry import Registry
+    from vla_post.policies.build import build_policy
+    from vla_post.policies.indicator import Guidance
+
+    contract = one_axis().model_copy(update={"cell": "recap_cell"})
+    numbers = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+    statistics = {
+        key: {name: np.full(1, value, np.float32) for name, value in numbers.items()}
+        for key in ("observation.state", "action")
+    }
+    torch.manual_seed(0)
+    policy = build_policy("chunk_flow", contract, statistics)
+    policy.add_indicator(Guidance(beta=2.0))
+    torch.nn.init.normal_(policy.module.get_parameter("indicator.weight"))
+    policy.save(tmp_path / "checkpoint")
+    registry = Registry(tmp_path / "registry")
+    version = registry.publish(tmp_path / "checkpoint", contract=contract)
+    with Cell(
+        contract,
+        tmp_path,
+        registry=registry.root,
+        runner={"inference_timeout_s": 60.0},
+        runner_module="robot_bridge.nodes.runner",
+    ) as cell:
+        cell.position = [0.3]
+        cell.up(4 * DEADLINE_S)  # PyTorch and lerobot are loaded
+        cell.start_episode("push")
+        cell.until(lambda: sum(len(c) > 0 for _, _, c in cell.chunks) >= 3, "chunks")
+        start = next(e for e in cell.events if e["type"] == "episode_start")
+        chunks = [c for c in cell.chunks if len(c[2])]
+        cell.call("supervisor/cancel_episode")
+    here: Any = load_policy(registry.path(version.number))
+
+    def differs(beta: float) -> float:
+        here.policy.guidance = Guidance(beta=beta)
+        return max(
+            float(np.abs(ask(here, question(stamp), contract, guide=True) - chunk).max())
+            for stamp, _, chunk in chunks
+        )
+
+    def question(stamp: int) -> Question:
+        steps = (stamp - start["start_stamp_ns"]) // contract.dt_ns
+        seed = (start["seed"] * 100_003 + steps) % 2**31
+        state = np.array([0.3], np.float32)
+        instruction = contract.task("push").instruction
+        return Question(stamp, {"observation.state": state}, instruction, seed)
+
+    assert {label.partition("#")[0] for _, label, _ in chunks} == {str(version.number)}
+    assert differs(2.0) < 1e-5
+    assert differs(1.0) > 1e-2
+    assert differs(0.0) > 1e-2
+    here.close()

@@ -336,6 +336,22 @@ def test_versions_are_adopted_between_episodes_and_poisoned_ones_never(tmp_path)
         cell.call("runner/reload_policy")
         cell.end_episode()
         cell.until(lambda: cell.active.get("version") == canary, "the canary")
+        # SOP-6: one version in all of an episode, and never an older one after it.
+        of_episode: dict[str, set[int]] = {}
+        starts = [(e["start_stamp_ns"], e["episode"]) for e in cell.events if _starts(e)]
+        for stamp, label, _ in cell.executed:
+            if label.startswith("policy:"):
+                uuid = max(start for start in starts if start[0] <= stamp)[1]
+                number = int(label.removeprefix("policy:").partition("#")[0])
+                of_episode.setdefault(uuid, set()).add(number)
+        assert {len(found) for found in of_episode.values()} == {1}
+        assert len(of_episode) == 4
+        ran = [max(of_episode[uuid]) for _, uuid in starts if uuid in of_episode]
+        assert ran == [1, 2, 2, 2]
+
+
+def _starts(event: dict) -> bool:
+    return event["type"] == "episode_start"
 
 
 def test_the_whole_loop_with_the_simulated_robot_and_its_operator(tmp_path, monkeypatch):

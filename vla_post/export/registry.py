@@ -386,6 +386,8 @@ class Registry:
             del entries[1:]
             if not promote or state.get("pinned") or _canary(state) is not None:
                 return state
+            if state.get("version", 0) > version.number:
+                return state  # completed late: robots never go back by themselves
             if (held := _held(state, version)) is not None:
                 entries.append(_entry("hold", version.number, held))
                 return state

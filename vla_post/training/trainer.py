@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from trajectory_store import ChunkBatch
 from vla_post.batch import Algorithm, Batch, Learner, Metrics, NonFiniteLoss
+from vla_post.policies.indicator import Guidance
 from vla_post.policies.lerobot_adapter import LeRobotPolicy, load_weights
 from vla_post.training.ema import Ema
 from vla_post.training.state import load_state, save_state
@@ -49,6 +50,10 @@ class Trainer:
         self.policy, self.config = policy, config
         policy.flow_samples = config.flow_samples
         parameters = list(policy.parameters())
+        if policy.guidance is not None:
+            # What another algorithm teaches goes without an indicator, so its versions must not ask
+            # for one. RECAP asks again, in `build`.
+            policy.guidance = Guidance(beta=0.0)
         self.learner: Learner = config.algorithm.build(policy, parameters, policy.contract)
         self.ema = Ema(policy.module, config.ema_decay)
 

@@ -254,6 +254,38 @@ def registry(request, tmp_path, contract) -> Registry:
     return registry
 
 
+def test_sop6_a_publication_that_is_completed_late_never_moves_robots_back(
+    registry, tmp_path, contract, monkeypatch
+):
+    """The publisher died before the pointer moved; another one was quicker than its return."""
+    folder = checkpoint(tmp_path / "late", contract, weights(9))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    ran = [registry.wanted("cell_1").number]
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "_change", die)
+        patched.setattr(type(registry), "_change", die)
+        with pytest.raises(Killed):
+            registry.publish(folder, contract=contract, publication="late")
+    late = registry.numbers()[-1]
+    ran.append(registry.wanted("cell_1").number)
+    newer = registry.publish(
+        checkpoint(tmp_path / "newer", contract, weights(10)), contract=contract
+    ).number
+    ran.append(registry.wanted("cell_1").number)
+    assert registry.publish(folder, contract=contract, publication="late").number == late
+    ran.append(registry.wanted("cell_1").number)
+    assert ran == sorted(ran)
+    assert ran[-1] == newer > late
+    told = [e["version"] for e in registry.history() if e["action"] == "publish"]
+    assert told[-2:] == [newer, late]
+
+
 def test_canary_on_a_share_of_the_cells(registry, tmp_path, contract):
     assert registry.active().number == 2
     with pytest.raises(RegistryError, match="beside itself"):

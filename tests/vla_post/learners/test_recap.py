@@ -16,6 +16,7 @@ from vla_post.batch import Batch
 from vla_post.critics.bins import Bins
 from vla_post.critics.saved import CriticMissing
 from vla_post.export.registry import Registry
+from vla_post.learners.hg_dagger import HgDaggerConfig
 from vla_post.learners.recap import (
     Recap,
     RecapConfig,
@@ -30,7 +31,7 @@ from vla_post.policies.indicator import Indicator, split_indicator, with_indicat
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, statistics
 from vla_post.training.learner import LearnerConfig, LearnerProcess
-from vla_post.training.trainer import TrainConfig
+from vla_post.training.trainer import TrainConfig, Trainer
 
 CONTRACT = Path(__file__).parents[3] / "sim" / "contracts" / "metaworld_state.yaml"
 P, H, S, HOLD = (int(s) for s in (Source.POLICY, Source.HUMAN, Source.SCRIPTED, Source.HOLD))
@@ -215,6 +216,33 @@ def batch(size: int, *, source: int = P, left: int = 100, **changes: Any) -> Bat
         has_future=torch.full((size,), left > 20),
     )
     return made.replace(**changes)
+
+
+def test_another_algorithm_goes_on_without_asking(tmp_path: Path):
+    """It teaches plain prompts, so a plain prompt is what its versions act on."""
+    _, policy = build(guidance=1.5)
+    torch.nn.init.normal_(policy.module.get_parameter("indicator.weight"))
+    policy.save(tmp_path / "recap")
+    seen: dict[str, float] = {}
+    for name, algorithm in (("dagger", HgDaggerConfig()), ("recap", RecapConfig(guidance=2.0))):
+        goes_on = LeRobotPolicy.load(tmp_path / "recap")
+        trainer = Trainer(goes_on, TrainConfig(algorithm=algorithm))
+        saved = LeRobotPolicy.load(trainer.save_policy(tmp_path / name))
+        assert saved.guidance is not None
+        seen[name] = saved.guidance.beta
+    assert seen == {"dagger": 0.0, "recap": 2.0}
+    some = batch(2)
+    noise = torch.randn(2, 1, policy.horizon, policy.action_size)
+    acts = {
+        name: LeRobotPolicy.load(tmp_path / name).act(
+            some.observation, some.instruction, noise=noise
+        )
+        for name in ("dagger", "recap")
+    }
+    policy.guidance = None
+    plain = policy.act(some.observation, some.instruction, noise=noise)
+    torch.testing.assert_close(acts["dagger"], plain)
+    assert not torch.allclose(acts["recap"], plain, atol=1e-3)
 
 
 def test_the_value_learns_returns_and_the_policy_what_was_good():
