@@ -186,6 +186,8 @@ class LearnerProcess:
         if parallel.rank():
             return self._follow()
         config = self.config
+        for left in config.run.glob("publish_*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._publish_start()
         described: dict[str, Any] = {
             k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
