@@ -57,6 +57,8 @@ class Drill:
     cells: int = 2
     away_s: float = 600.0
     """At least, of each outage."""
+    learner_away_s: float | None = None
+    """Of the learner's; None: `away_s`."""
     short: bool = False
     """No learner and no policy: what moves episodes, and nothing else."""
     steps: tuple[Literal["learner", "network", "server", "cell", "poison"], ...] = (
@@ -89,7 +91,6 @@ class _Drill:
         self.proxy = Proxy(self.server.port)
         stack.callback(self.proxy.close)
         os.environ.update(client_environment(self.proxy.port))
-        os.environ["XDG_CACHE_HOME"] = str(self.folder.absolute() / "cache")
         os.environ["XDG_STATE_HOME"] = str(self.folder.absolute() / "state")
 
     def run(self) -> dict[str, Any]:
@@ -130,6 +131,10 @@ class _Drill:
         words += ["--seed", str(1000 * i)]
         policy = ["--drive"] if self.config.short else ["--registry", REGISTRY]
         return self._start(f"cell_{i}", *words, *policy)
+
+    def _cache(self, name: str) -> Path:
+        """Everybody has a disk of their own, and downloads what the others have."""
+        return self.folder.absolute() / "cache" / name
 
     def _cell(self, i: int) -> Path:
         return self.folder / f"cell_{i}"
@@ -180,6 +185,7 @@ class _Drill:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                env=os.environ | {"XDG_CACHE_HOME": str(self._cache(name))},
             )
         self.stack.callback(self._clean, process)
         return process
@@ -237,13 +243,14 @@ class _Drill:
         self._until(enough, what)
         return sum(len(ends) - before[c] for c, ends in self._closed().items())
 
-    def _outage(self, what: str) -> int:
+    def _outage(self, what: str, away_s: float | None = None) -> int:
         """For `away_s`, and until every cell has closed an episode; how many they closed."""
+        away_s = self.config.away_s if away_s is None else away_s
         begun, before = time.monotonic(), sum(map(len, self._closed().values()))
         self._everybody_closes(1, f"{what}: a cell stopped working")
-        while time.monotonic() - begun < self.config.away_s:
+        while time.monotonic() - begun < away_s:
             self._until(lambda: True, "")
-            time.sleep(min(1.0, self.config.away_s))
+            time.sleep(min(1.0, away_s))
         return sum(map(len, self._closed().values())) - before
 
     def _backlog(self) -> int:
@@ -271,10 +278,10 @@ class _Drill:
 
     # Learner
 
-    def _registry(self) -> Any:
-        from vla_post.export.registry import open_registry
+    def _registry(self, name: str = "drill") -> Any:
+        from vla_post.export.bucket import BucketRegistry
 
-        return open_registry(REGISTRY)
+        return BucketRegistry(REGISTRY, cache=self._cache(name))
 
     def _versions(self) -> int:
         return len(self._registry().numbers())
@@ -289,18 +296,28 @@ class _Drill:
         self._until(saved.exists, "the learner published nothing new")
         os.killpg(self.learner.pid, signal.SIGKILL)
         self.learner.wait()
-        closed = self._outage("learner killed")
+        closed = self._outage("learner killed", self.config.learner_away_s)
         lines = len(self._learner_lines())
         self.learner = self._start_learner("--resume")
-        self._until(lambda: len(self._learner_lines()) > lines + 3, "the learner did not resume")
+
+        def updates() -> list[int]:
+            return [row["update"] for row in self._learner_lines()[lines:] if "loss" in row]
+
+        self._until(lambda: bool(updates()), "the learner did not resume")
         new = self._learner_lines()[lines:]
         resumed = next(row["update"] for row in new if row.get("learner") == "waiting")
-        following = next(row["update"] for row in new if "loss" in row)
+        following = updates()[0]
         published = [v.learner_step for v in self._registry().versions()]
         assert resumed in published, (resumed, published)
         assert len(published) == len(set(published)), f"published twice: {published}"
         assert following == resumed + 1
-        self.report["learner"] = {"episodes_meanwhile": closed, "resumed_at": resumed}
+        self.report["learner"] = {
+            "away_s": self.config.learner_away_s or self.config.away_s,
+            "episodes_meanwhile": closed,
+            "resumed_at": resumed,
+            "next_update": following,
+            "published_steps": published,
+        }
 
     # Faults
 
@@ -391,7 +408,8 @@ class _Drill:
         closed = self._everybody_closes(2, "the cells stopped at the poisoned versions")
         ran = {e.policy_version for s in self._local() for e in s.table}
         assert not ran & set(bad), f"a cell ran a poisoned version: {ran} and {bad}"
-        assert registry.rollback(reason="drill").number == number  # past the damaged one
+        # By somebody who has not seen them: past the damaged one.
+        assert self._registry("person").rollback(reason="drill").number == number
         self.report["poison"] = {"versions": bad, "episodes_meanwhile": closed}
 
     # The end
