@@ -201,10 +201,16 @@ class Draws:
             out[self._names[s.part]] = out.get(self._names[s.part], 0.0) + s.share
         return out
 
-    def share_by(self, group: np.ndarray, n_groups: int) -> np.ndarray:
-        """(n_groups,) expected share of episodes by `group`, a number for each episode."""
+    def share_by(self, group: np.ndarray, n_groups: int, part: str | None = None) -> np.ndarray:
+        """(n_groups,) expected share of episodes by `group`, a number for each episode.
+
+        Args:
+            part: only what is drawn from there; None: from all.
+        """
         out = np.zeros(n_groups)
         for s in self._strata:
+            if part not in (None, self._names[s.part]):
+                continue
             weight = s.weight * s.length
             out += s.share * np.bincount(group[s.episode], weight, n_groups) / weight.sum()
         return out

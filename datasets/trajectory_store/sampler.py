@@ -253,7 +253,15 @@ class ChunkSampler:
     @property
     def task_shares(self) -> dict[str, float]:
         """Expected share of each task."""
-        found = self._draws.share_by(self._ep_task, len(self.tasks))
+        return self._by_task(None)
+
+    @property
+    def part_task_shares(self) -> dict[str, dict[str, float]]:
+        """Expected share of each task in each part; all of them add up to 1."""
+        return {part: self._by_task(part) for part in self.shares}
+
+    def _by_task(self, part: str | None) -> dict[str, float]:
+        found = self._draws.share_by(self._ep_task, len(self.tasks), part)
         return dict(zip(self.tasks, found.tolist(), strict=True))
 
     @property

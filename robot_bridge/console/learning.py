@@ -19,6 +19,8 @@ from vla_post.export.registry import Canary, Registry, RegistryError, Version, o
 
 Action = Literal["activate", "rollback", "canary", "withdraw"]
 """What a person may do with versions."""
+Plan = Literal[Action, "shadow"]
+"""What can be told beforehand. A shadow is no matter of the registry: a cell's runner is asked."""
 MAX_POINTS = 400
 """Of one curve; longer ones are thinned by halves."""
 MAX_CURVES = 60
@@ -26,7 +28,7 @@ LABELLED = (Outcome.SUCCESS, Outcome.FAILURE)
 MIX = "mix/"
 """Metrics `mix/TASK/online` and `mix/TASK/offline`: what share of a batch is drawn from where."""
 MIX_UPDATES = 50
-"""Updates over which these shares are averaged."""
+"""Updates over which these shares are averaged. A fixed mixture is written once: `mixing`."""
 FRESHNESS = ("tick_to_batch_s", "update_to_robot_s", "versions_behind")
 """Numbers of single episodes and versions in the metrics; the median of the last 20 is shown."""
 
@@ -42,6 +44,7 @@ class Curves:
         self._every: dict[str, int] = {}
         self._count: dict[str, int] = defaultdict(int)
         self._mix: deque[dict[str, float]] = deque(maxlen=MIX_UPDATES)
+        self._fixed_mix: dict[str, float] = {}
         self._fresh = {name: deque[float](maxlen=20) for name in FRESHNESS}
         self.published: list[dict[str, float]] = []
         self.last: dict[str, Any] = {}
@@ -61,6 +64,7 @@ class Curves:
                     self._count.clear()
                     self.published.clear()
                     self._mix.clear()
+                    self._fixed_mix.clear()
                     for values in self._fresh.values():
                         values.clear()
                 if size == self._offset:
@@ -90,20 +94,24 @@ class Curves:
         for name, values in self._fresh.items():
             if _is_number(row.get(name)):
                 values.append(float(row[name]))
+        mix = {
+            name.removeprefix(MIX): float(value)
+            for name, value in row.items()
+            if name.startswith(MIX) and _is_number(value)
+        }
+        if row.get("mixing") == "fixed":
+            self._fixed_mix = mix
+            self._mix.clear()
+        elif mix:
+            self._mix.append(mix)
         update = row.get("update")
         if not isinstance(update, int | float) or "learner" in row:
             return
         self.last = row
-        mix: dict[str, float] = {}
         for name, value in row.items():
-            if name in ("update", "time_s", "stamp_s", "version") or not _is_number(value):
-                continue
-            if name.startswith(MIX):
-                mix[name.removeprefix(MIX)] = float(value)
-            else:
+            known = name in ("update", "time_s", "stamp_s", "version") or name.startswith(MIX)
+            if not known and _is_number(value):
                 self._add(name, float(update), float(value))
-        if mix:
-            self._mix.append(mix)
 
     def _add(self, name: str, update: float, value: float) -> None:
         if name not in self._curves and len(self._curves) >= MAX_CURVES:
@@ -118,10 +126,15 @@ class Curves:
             del curve[::2]
             self._every[name] = every * 2
 
+    @property
+    def mixture_updates(self) -> int:
+        """Updates over which `mixture` is averaged; 0 for a fixed one."""
+        return len(self._mix)
+
     def mixture(self) -> list[dict[str, Any]]:
         """Of each task: shares of fresh and static data, in the mean of the last updates."""
         with self._lock:
-            rows = list(self._mix)
+            rows = list(self._mix) or ([self._fixed_mix] if self._fixed_mix else [])
         shares: dict[str, dict[str, float]] = {}
         for row in rows:
             for name, value in row.items():
@@ -167,6 +180,7 @@ class Learning:
             "curves": self.curves.to_dict(),
             "published": self.curves.published[-200:],
             "mixture": self.curves.mixture(),
+            "mixture_updates": self.curves.mixture_updates,
             "freshness": self.curves.freshness(),
             "last": {k: last[k] for k in ("update", "loss", "version", "waited_s") if k in last},
             "silent_s": None
@@ -181,7 +195,8 @@ class Learning:
     def versions(self) -> dict[str, Any]:
         """All versions, newest first, with lineage and metrics."""
         if self.registry is None:
-            return {"versions": [], "active": None, "pinned": False, "canary": None, "history": []}
+            nothing: dict[str, Any] = {"active": None, "pinned": False, "canary": None}
+            return nothing | {"versions": [], "history": [], "gate": None}
         found: list[Version] = self.registry.versions()
         active, canary = self.registry.active(), self.registry.canary
         rejected = set(self.registry.rejected)
@@ -197,11 +212,14 @@ class Learning:
                     "snapshots": len(v.snapshots),
                     "files": len(v.files),
                     "rejected": v.number in rejected,
+                    # Of what waits to be adopted; older ones were there before.
+                    "held": self.registry.held(v) if active and v.number > active.number else None,
                 }
                 for v in reversed(found)
             ],
             "active": None if active is None else active.number,
             "pinned": self.registry.pinned,
+            "gate": self.registry.gate,
             "canary": None
             if canary is None
             else {"version": canary.version, "share": canary.share, "cells": list(canary.cells)},
@@ -239,7 +257,7 @@ class Learning:
 
     def plan(
         self,
-        action: Action,
+        action: Plan,
         number: int | None,
         *,
         share: float = 0.0,
@@ -269,9 +287,11 @@ class Learning:
         if number is None:
             raise RegistryError("name a version")
         version = registry.verify(number)
-        held = registry.held(version) if action == "activate" else None
-        if held is not None:
-            raise RegistryError(f"{version.name}: {held}. Try it on some cells first")
+        held = registry.held(version) if action in ("activate", "canary") else None
+        if held is not None and action == "activate":
+            raise RegistryError(f"{version.name}: {held}. Let it run as a shadow first, or try it")
+        if action == "shadow" and active is not None and active.number == number:
+            raise RegistryError(f"{version.name} is the active version; a shadow is another one")
         takes = list(known)
         if action == "canary":
             if active is None or active.number == number:
@@ -285,6 +305,7 @@ class Learning:
             "from": None if active is None else active.number,
             "to": version.number,
             "pins": action == "rollback",
+            "held": held,
             "files": len(version.files),
             "parent": version.parent,
             "learner_step": version.learner_step,

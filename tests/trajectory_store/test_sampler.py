@@ -213,6 +213,9 @@ def test_shares_of_a_mixture_are_exact(numbers):
     rest = batch.task[batch.part == 1]
     assert abs((rest == 1).mean() - 0.5) < 0.04  # 12 ticks of place, 25 of pick
     assert sampler.task_shares == pytest.approx({"pick": 0.75 + 0.125, "place": 0.125})
+    shares = sampler.part_task_shares
+    assert shares["good"] == pytest.approx({"pick": 0.75, "place": 0.0})
+    assert shares["rest"] == pytest.approx({"pick": 0.125, "place": 0.125})
     sampler.set_weights({"good": 0})
     assert sampler.shares == {"good": 0.0, "rest": 1.0}
     assert set(next(sampler).part) == {1}

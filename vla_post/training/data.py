@@ -42,6 +42,17 @@ def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]
     return out
 
 
+def fixed_shares(sampler: ChunkSampler) -> dict[str, float]:
+    """`mix/TASK/online` and `offline` of a `mixture`, as the adaptive one tells them."""
+    out: dict[str, float] = {}
+    for part, tasks in sampler.part_task_shares.items():
+        which = "offline" if part == DEMONSTRATIONS else "online"
+        for task, share in tasks.items():
+            if share > 0:
+                out[f"mix/{task}/{which}"] = out.get(f"mix/{task}/{which}", 0.0) + share
+    return {name: round(share, 4) for name, share in out.items()}
+
+
 def mixture(
     demonstrations: FleetView,
     online: FleetView | None,

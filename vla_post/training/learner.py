@@ -32,7 +32,7 @@ from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import SCORES, RegistryUnavailable, open_registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.adaptive import AdaptiveConfig, AdaptiveSampler, LossWindows
-from vla_post.training.data import mixture, rows_by
+from vla_post.training.data import fixed_shares, mixture, rows_by
 from vla_post.training.freshness import Freshness
 from vla_post.training.gate import Judge, compare, require_judge
 from vla_post.training.metrics import MetricsLog
@@ -347,7 +347,7 @@ class LearnerProcess:
         self.looks += 1
         if self.config.online is None:
             if self._sampler is None:
-                self._sampler, self._news = self._mixture(), True
+                self._use(metrics)
             return
         if self._online is None:
             try:
@@ -369,9 +369,15 @@ class LearnerProcess:
             self._sampler.close()
             self._sampler = None
         try:
-            self._sampler, self._news = self._mixture(), True
+            self._use(metrics)
         except Unrewarded as error:
             log.info("waiting: %s", error)
+
+    def _use(self, metrics: MetricsLog) -> None:
+        """A sampler of what is there now. The shares of a fixed one are told once."""
+        self._sampler, self._news = self._mixture(), True
+        if isinstance(self._sampler, ChunkSampler):
+            metrics.write({"mixing": "fixed", **fixed_shares(self._sampler)})
 
     def _mixture(self, demonstrations: FleetView | None = None) -> ChunkSampler | AdaptiveSampler:
         config = self.config

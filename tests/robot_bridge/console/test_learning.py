@@ -49,3 +49,17 @@ def test_freshness_is_the_median_of_what_was_told_last(tmp_path: Path):
     write(path, *({"tick_to_batch_s": 1.0} for _ in range(20)))
     curves.look()
     assert curves.freshness()["tick_to_batch_s"] == 1.0
+
+
+def test_a_fixed_mixture_is_shown_as_it_was_configured(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    curves = Curves(path)
+    write(path, {"mixing": "fixed", "mix/a/offline": 1.0}, {"update": 1, "loss": 1.0})
+    write(path, {"mixing": "fixed", "mix/a/offline": 0.5, "mix/a/online": 0.5})  # robots came
+    curves.look()
+    assert curves.mixture() == [{"task": "a", "online": 0.5, "offline": 0.5}]
+    assert curves.mixture_updates == 0
+    write(path, {"update": 2, "mix/a/online": 0.2, "mix/a/offline": 0.8})  # now it adapts
+    curves.look()
+    assert curves.mixture() == [{"task": "a", "online": 0.2, "offline": 0.8}]
+    assert curves.mixture_updates == 1

@@ -103,7 +103,11 @@ def test_learns_from_corrections_publishes_and_resumes(folders: Path, contract: 
         str(folders / "demonstrations"),
         str(folders / "online" / "robot"),
     }
-    rows = [r for r in read_metrics(folders / "run" / "metrics.jsonl") if "loss" in r]
+    everything = read_metrics(folders / "run" / "metrics.jsonl")
+    (told,) = [r for r in everything if "mixing" in r]
+    shares = [value for name, value in told.items() if name.startswith("mix/")]
+    assert (told["mixing"], shares) == ("fixed", [0.5, 0.5])
+    rows = [r for r in everything if "loss" in r]
     assert [r["update"] for r in rows] == list(range(1, 51))
     assert np.mean([r["online_share"] for r in rows]) == pytest.approx(0.5, abs=0.05)
     assert rows[-1]["loss"] < rows[0]["loss"]
