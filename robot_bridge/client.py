@@ -272,6 +272,11 @@ class CellClient:
         values = {key: value for key, value in given.items() if value is not None}
         return self._requests.ask(name, values, timeout_s, self._do)
 
+    def shadow(self, wanted: str, *, timeout_s: float = 5.0) -> "Future[Reply]":
+        """Lets a candidate run beside the active policy, moving nothing: a version of the
+        registry, `newest`, or none if empty. `health` of the runner tells how they compare."""
+        return self._requests.shadow(wanted, timeout_s, self._do)
+
     def request(self, name: str, **options: Any) -> Reply:
         """`ask`, and waits for the reply. Not from the client's own thread."""
         return self.ask(name, **options).result()

@@ -1,4 +1,4 @@
-"""What people and programs ask of a cell's supervisor, and the answers that always come."""
+"""What people and programs ask of a cell's nodes, and the answers that always come."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +36,7 @@ class _Pending:
     client: Any
     request: Any
     what: str
+    """The service's name, for messages."""
     deadline: float
     reply: "Future[Reply]" = field(default_factory=Future)
     call: Any = None
@@ -52,7 +53,10 @@ class Requests:
             service: node.create_client(kind, f"supervisor/{service}")
             for service, kind, _ in REQUESTS.values()
         }
-        self._parameters = node.create_client(SetParameters, "supervisor/set_parameters")
+        self._parameters = {
+            name: node.create_client(SetParameters, f"{name}/set_parameters")
+            for name in ("supervisor", "runner")
+        }
 
     def ask(
         self,
@@ -75,20 +79,13 @@ class Requests:
         reply: Future[Reply] = Future()
         deadline = time.monotonic() + timeout_s
 
-        def call(client: Any, request: Any, what: str) -> "Future[Reply]":
-            pending = _Pending(client, request, what, deadline)
-            self._pending.append(pending)
-            self._send(pending)
-            return pending.reply
-
         def send() -> None:
-            answer = call(self._clients[service], kind.Request(**fields), service)
+            what = f"supervisor/{service}"
+            answer = self._call(self._clients[service], kind.Request(**fields), what, deadline)
             answer.add_done_callback(lambda done: reply.set_result(done.result()))
 
         def configure() -> None:
-            parameters = [_parameter(key, value) for key, value in values.items()]
-            request = SetParameters.Request(parameters=parameters)
-            call(self._parameters, request, "set_parameters").add_done_callback(configured)
+            self._set("supervisor", values, deadline).add_done_callback(configured)
 
         def configured(done: "Future[Reply]") -> None:
             if done.result().success:
@@ -98,6 +95,31 @@ class Requests:
 
         do(configure if values else send)
         return reply
+
+    def shadow(
+        self, wanted: str, timeout_s: float, do: Callable[[Callable[[], None]], None]
+    ) -> "Future[Reply]":
+        """Asks the policy runner for a shadow: a version, `newest`, or none if empty."""
+        reply: Future[Reply] = Future()
+        deadline = time.monotonic() + timeout_s
+
+        def send() -> None:
+            answer = self._set("runner", {"shadow": wanted}, deadline)
+            answer.add_done_callback(lambda done: reply.set_result(done.result()))
+
+        do(send)
+        return reply
+
+    def _set(self, node: str, values: Mapping[str, str | int], deadline: float) -> "Future[Reply]":
+        parameters = [_parameter(key, value) for key, value in values.items()]
+        request = SetParameters.Request(parameters=parameters)
+        return self._call(self._parameters[node], request, f"{node}/set_parameters", deadline)
+
+    def _call(self, client: Any, request: Any, what: str, deadline: float) -> "Future[Reply]":
+        pending = _Pending(client, request, what, deadline)
+        self._pending.append(pending)
+        self._send(pending)
+        return pending.reply
 
     def look_after(self) -> None:
         """Sends what waits for its service, and answers what has waited for too long."""
@@ -110,7 +132,7 @@ class Requests:
                 pending.reply.set_result(
                     Reply(
                         False,
-                        f"{self._namespace}/supervisor/{pending.what} does not answer; is the cell "
+                        f"{self._namespace}/{pending.what} does not answer; is the cell "
                         "up, and in this ROS domain (ROS_DOMAIN_ID)?",
                     )
                 )

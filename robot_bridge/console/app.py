@@ -23,7 +23,7 @@ from robot_bridge.console.desk import PERIOD_S, Desk
 from robot_bridge.console.drive import CommandRefused, Order
 from robot_bridge.console.episodes import Library
 from robot_bridge.console.hub import Browser
-from robot_bridge.console.learning import Action, Learning
+from robot_bridge.console.learning import Action, Learning, Plan
 from robot_bridge.console.lease import Leases
 from trajectory_store.contract import Contract
 
@@ -45,6 +45,7 @@ HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 SAFE = ("GET", "HEAD", "OPTIONS")
+PLANS = (*get_args(Action), "shadow")
 
 Handler = Callable[[Request, Session], Awaitable[Response]]
 
@@ -272,12 +273,12 @@ class Console:
     async def _plan(self, request: Request, session: Session) -> Response:
         query = request.query_params
         action = query.get("action", "")
-        if action not in get_args(Action):
-            raise Denied(400, f"action is one of {', '.join(get_args(Action))}")
+        if action not in PLANS:
+            raise Denied(400, f"action is one of {', '.join(PLANS)}")
         number = _count(query["version"], 0, 10**9) if "version" in query else None
         plan = await asyncio.to_thread(
             self.learning.plan,
-            cast(Action, action),
+            cast(Plan, action),
             number,
             share=_count(query.get("percent", "0"), 0, 100) / 100,
             cells=[name for name in query.get("cells", "").split(",") if name],

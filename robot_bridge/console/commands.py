@@ -33,6 +33,7 @@ NEEDS: Mapping[str, Needs] = {
     "cancel": "lease",
     "reset_done": "lease",
     "label": "operator",
+    "shadow": "operator",
     "activate": "operator",
     "rollback": "operator",
     "canary": "operator",
@@ -113,6 +114,8 @@ class Commands:
         link = desk.link
         if link is None:
             raise CommandRefused("offline", f"{desk.name} is not connected")
+        if name == "shadow":
+            return await _answer(link.shadow(_version_name(arguments)))
         if name == "stop":
             desk.steering.let_go(session, "stop")
             return await _answer(link.stop())
@@ -182,6 +185,16 @@ class Commands:
         except (ValueError, OSError) as error:
             raise CommandRefused("version", str(error)) from None
         return {"ok": True, "message": "", "version": version}
+
+
+def _version_name(arguments: Mapping[str, Any]) -> str:
+    """Of a shadow; empty for none."""
+    wanted = arguments.get("version")
+    if wanted is None:
+        return ""
+    if wanted == "newest" or (isinstance(wanted, int) and not isinstance(wanted, bool)):
+        return str(wanted)
+    raise CommandRefused("version", "version is a whole number, `newest`, or null for no shadow")
 
 
 async def _answer(reply: "Future[Reply]") -> Body:

@@ -1,5 +1,6 @@
 """What there is to see of a cell, as JSON for the page."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,17 +36,19 @@ def arbiter(link: "CellClient") -> dict[str, Any]:
     }
 
 
-def shadow(link: "CellClient") -> dict[str, float] | None:
-    """What a candidate beside the policy would have done otherwise, in shares of joints' ranges."""
+def shadow(link: "CellClient") -> dict[str, Any] | None:
+    """What a candidate beside the policy would have done otherwise, in shares of joints' ranges;
+    and why it does not run, if it was refused."""
     for name, said in link.health.items():
-        if name.endswith("/runner") and "shadow_version" in said.values:
-            found: dict[str, float] = {}
-            for key in ("version", "chunks", "errors", "mean", "first", "worst", "outside"):
-                try:
-                    found[key] = float(said.values[f"shadow_{key}"])
-                except (KeyError, ValueError):
-                    continue
-            return found
+        if not name.endswith("/runner"):
+            continue
+        found: dict[str, Any] = {}
+        for key in ("version", "chunks", "errors", "mean", "first", "worst", "outside"):
+            with contextlib.suppress(KeyError, ValueError):
+                found[key] = float(said.values[f"shadow_{key}"])
+        if "shadow_refused" in said.values:
+            found["refused"] = said.values["shadow_refused"]
+        return found or None
     return None
 
 

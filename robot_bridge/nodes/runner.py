@@ -7,7 +7,8 @@ Parameters: `registry` (folder; its active version is adopted between episodes a
 token of a server is the environment's VLA_POST_TOKEN), `infer_while_human`, `max_jump` (see
 `vla_post.export.require_fit`; 0 switches that check off), `chunking` (how a chunk joins the running
 one: `rtc`, `blend`, `off`, or `auto`: off in lockstep, else rtc where the policy can, else blend),
-`rtc_form`, `shadow` (a candidate beside the active policy: a folder, a version, or `newest`),
+`rtc_form`, `shadow` (a candidate beside the active policy: a folder, a version, or `newest`; with a
+registry `~/set_parameters` changes it at run time, to a version, `newest` or nothing),
 `shadow_log` (a file), `inference_timeout_s`, `insight_every` (the policy's doubt and its critic's
 value, of every k-th chunk, in /diagnostics; 0: off) and `insight_samples` (chunks to tell the doubt
 from).
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from diagnostic_msgs.msg import DiagnosticStatus
+from rcl_interfaces.msg import ParameterType, SetParametersResult
+from rcl_interfaces.srv import SetParameters
 from rclpy.duration import Duration
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
@@ -186,7 +189,10 @@ class RunnerNode(CellNode):
             self.create_subscription(DiagnosticStatus, "arbiter/state", self._on_state, latched()),
             self.create_subscription(String, "events", self._on_event, latched(200)),
         ]
-        self._services_made = [self.create_service(Trigger, "~/reload_policy", self._on_reload)]
+        self._services_made = [
+            self.create_service(Trigger, "~/reload_policy", self._on_reload),
+            self.create_service(SetParameters, "~/set_parameters", self._on_set_parameters),
+        ]
         self._timers_made = [
             self.create_timer(0.05, self._maybe_infer, clock=STEADY),
             self.create_timer(0.1, self._watch_inference, clock=STEADY),
@@ -471,6 +477,22 @@ class RunnerNode(CellNode):
         self._scout.look_now()
         response.success = True
         response.message = "looking; a version that passes its checks is adopted between episodes"
+        return response
+
+    def _on_set_parameters(
+        self, request: SetParameters.Request, response: SetParameters.Response
+    ) -> SetParameters.Response:
+        results: list[SetParametersResult] = []
+        for parameter in cast(Any, request.parameters):
+            reason = "of the runner's parameters only `shadow`, a text, changes at run time"
+            if (parameter.name, parameter.value.type) == ("shadow", ParameterType.PARAMETER_STRING):
+                try:
+                    self._scout.want_shadow(str(parameter.value.string_value))
+                    reason = ""
+                except ValueError as error:
+                    reason = str(error)
+            results.append(SetParametersResult(successful=not reason, reason=reason))
+        response.results = results
         return response
 
 

@@ -69,6 +69,22 @@ class Scout:
         if self._versions.registry is not None or self._shadow_wanted:
             self._thread.start()
 
+    def want_shadow(self, wanted: str) -> None:
+        """From now on this one is the shadow.
+
+        Args:
+            wanted: a version, `newest`, or empty for none.
+
+        Raises:
+            ValueError: it is none of these, or there is no registry that could have it.
+        """
+        if self._versions.registry is None:
+            raise ValueError("a fixed policy is running, no registry that has other versions")
+        if wanted not in ("", "newest") and not wanted.removeprefix("v").isdecimal():
+            raise ValueError(f"the shadow is {wanted!r}; expected a version, `newest` or nothing")
+        self._shadow_wanted, self._shadow_refused, self.shadow_refusal = wanted, None, ""
+        self._look_now.set()
+
     def look_now(self) -> None:
         """Also at what was refused before."""
         self._refused = self._shadow_refused = None
@@ -84,16 +100,18 @@ class Scout:
             shadow.close()
 
     def diagnose(self) -> dict[str, Any]:
-        if self.shadow is not None:
-            values: dict[str, Any] = {"shadow_version": self.shadow.version}
-            return values | {f"shadow_{k}": v for k, v in self.shadow.record.summary().items()}
-        return {"shadow_refused": self.shadow_refusal} if self.shadow_refusal else {}
+        shadow = self.shadow
+        values: dict[str, Any] = {}
+        if shadow is not None:
+            values["shadow_version"] = shadow.version
+            values |= {f"shadow_{k}": v for k, v in shadow.record.summary().items()}
+        return values | ({"shadow_refused": self.shadow_refusal} if self.shadow_refusal else {})
 
     def _watch(self) -> None:
         while not self._stop.is_set():
             if self._versions.registry is not None:
                 self._look_for_active()
-            if self._shadow_wanted and not self._stop.is_set():
+            if not self._stop.is_set():
                 self._look_for_shadow()
             self._look_now.wait(PERIOD_S)
             self._look_now.clear()
@@ -141,22 +159,30 @@ class Scout:
         self._ready()
 
     def _look_for_shadow(self) -> None:
-        """Loads the shadow that is asked for, and follows `newest`."""
-        before, number = self.shadow, None
+        """Loads the shadow that is asked for, follows `newest`, ends what nobody asks for."""
+        wanted, before, number = self._shadow_wanted, self.shadow, None
+        if not wanted:
+            self._use_shadow(None)
+            return
         try:
-            number = self._versions.resolve(self._shadow_wanted)
+            number = self._versions.resolve(wanted)
             known = (self._shadow_refused, before.version if before else None)
             if number is None or number in known:
                 return
-            loaded = self._versions.load(self._shadow_wanted, number)
+            loaded = self._versions.load(wanted, number)
         except Exception as error:
+            if wanted != self._shadow_wanted:
+                return  # another one was asked for meanwhile
             self._shadow_refused = number
-            refusal = f"shadow {self._shadow_wanted!r} refused: {error}"
+            refusal = f"shadow {wanted!r} refused: {error}"
             if refusal != self.shadow_refusal:
                 self._complain(refusal)
             self.shadow_refusal = refusal
             return
         self.shadow_refusal = ""
-        self.shadow = Shadow(self._contract, loaded, self._say_shadow, self._shadow_log)
+        self._use_shadow(Shadow(self._contract, loaded, self._say_shadow, self._shadow_log))
+
+    def _use_shadow(self, shadow: Shadow | None) -> None:
+        before, self.shadow = self.shadow, shadow
         if before is not None:
             before.close()

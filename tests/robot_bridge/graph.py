@@ -242,7 +242,9 @@ class Cell:
             client.remove_pending_request(future)
             assert time.monotonic() < deadline, f"no answer of {service}"
 
-    def set_parameters(self, **values: Any) -> None:
+    def set_parameters(self, *, of: str = "supervisor", **values: Any) -> list[str]:
+        """Why they were refused; empty for those that were not. The supervisor's may not be."""
+
         def message(name: str, value: Any) -> ParameterMessage:
             if isinstance(value, bool):
                 content = ParameterValue(type=ParameterType.PARAMETER_BOOL, bool_value=value)
@@ -253,11 +255,12 @@ class Cell:
             return ParameterMessage(name=name, value=content)
 
         answer = self.call(
-            "supervisor/set_parameters",
+            f"{of}/set_parameters",
             SetParameters,
             parameters=[message(name, value) for name, value in values.items()],
         )
-        assert all(result.successful for result in answer.results), answer
+        assert of != "supervisor" or all(result.successful for result in answer.results), answer
+        return [result.reason for result in answer.results]
 
     def start_episode(self, task: str = "reach", *, resume: bool = True) -> str:
         """Until the first tick was taken."""

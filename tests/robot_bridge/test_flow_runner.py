@@ -83,6 +83,7 @@ class TestInsight:
 
 def flow_checkpoint(folder: Path, contract: Contract) -> Path:
     """Random weights: what it does is its noise. Its critic's heads say 2.5 and 1.5, always."""
+    size = contract.action.size
     from safetensors.torch import save_file
 
     from vla_post.critics.build import build_critic, build_encoder
@@ -92,10 +93,10 @@ def flow_checkpoint(folder: Path, contract: Contract) -> Path:
 
     statistics = {
         key: {
-            "mean": np.zeros(2, np.float32),
-            "std": np.full(2, STD, np.float32),
-            "min": -np.ones(2, np.float32),
-            "max": np.ones(2, np.float32),
+            "mean": np.zeros(size, np.float32),
+            "std": np.full(size, STD, np.float32),
+            "min": -np.ones(size, np.float32),
+            "max": np.ones(size, np.float32),
         }
         for key in ("observation.state", "action")
     }

@@ -78,6 +78,14 @@ def test_a_shadow_is_compared_with_the_active_policy_and_moves_nothing(cell):
     assert drivers <= {"hold", "policy:1"}
     sent = [command[0] for _, label, command in cell.executed if label != "hold"]
     assert set(np.round(sent, 6)) == {0.25}
+    # Another one is asked for while it runs; what cannot be is refused, and changes nothing.
+    assert cell.set_parameters(of="runner", shadow="2") == [""]
+    cell.until(lambda: cell.shadows[-1]["shadow"] == 2, "the older shadow")
+    (why,) = cell.set_parameters(of="runner", shadow="/etc")
+    assert "expected a version" in why
+    assert "only `shadow`" in cell.set_parameters(of="runner", max_jump="9")[0]
+    assert cell.set_parameters(of="runner", shadow="") == [""]
+    cell.until(lambda: "shadow_version" not in cell.said("/runner_cell/runner"), "its end")
     log = (cell.folder / "shadow.jsonl").read_text().splitlines()
     assert json.loads(log[0])["v"] == 1
     cell.end_episode()

@@ -234,7 +234,7 @@ def test_the_terminal_client_asks_and_tells(cell, capsys):
 
         def call() -> None:
             try:
-                main(["operate", *words, "--contract", cell.path, "--timeout-s", "30"])
+                main(["operate", "--contract", cell.path, "--timeout-s", "30", *words])
                 status.append(0)
             except SystemExit as end:
                 status.append(int(end.code or 0))
@@ -247,7 +247,11 @@ def test_the_terminal_client_asks_and_tells(cell, capsys):
 
     status, _, error = run("success")
     assert (status, error) == (1, "vla-post: success: no episode is running\n")
-    status, uuid, _ = run("start", "--task", "reach", "--operator", "cy")
+    status, _, error = run("shadow", "--version", "2", "--timeout-s", "1")
+    assert status == 1
+    assert "runner/set_parameters does not answer" in error  # this cell has no policy
+    words = ("--task", "reach", "--operator", "cy", "--instruction", "Reach the red goal")
+    status, uuid, _ = run("start", *words)
     assert status == 0
     cell.until(lambda: cell.has_event("episode_start", episode=uuid.strip()), "the start")
     status, shown, _ = run("status")
@@ -255,6 +259,7 @@ def test_the_terminal_client_asks_and_tells(cell, capsys):
     assert told["cell"] == "/teleop_cell"
     assert told["mode"] == "HOLD"
     assert told["episode"]["operator"] == "cy"
+    assert told["episode"]["instruction"] == "Reach the red goal"
     assert set(told["joints"]) == {"a", "b"}
     assert run("estop")[0] == 0
     cell.mode("FAULT")

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 Action = Literal[
     "status", "watch", "start", "success", "failure", "cancel", "reset-done", "takeover",
-    "hand-back", "resume", "estop", "reset-estop",
+    "hand-back", "resume", "estop", "reset-estop", "shadow",
 ]  # fmt: skip
 REQUESTS = {"start": "start_episode", "resume": "resume_policy"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operate:
-    """Start and label episodes, take over, resume, stop; see what a cell does.
+    """Start and label episodes, take over, resume, stop, run a shadow; see what a cell does.
 
     status prints one JSON object and watch every event as a line; the rest are requests to the
     cell's supervisor, which end with status 1 when they are refused.
@@ -37,6 +37,11 @@ class Operate:
     """With start: of the scene, on simulated cells."""
     operator: str | None = None
     """With start: who is there, for the record."""
+    instruction: str | None = None
+    """With start: other words than the task's."""
+    version: str = ""
+    """With shadow: a version of the registry or `newest`, to run beside the active policy without
+    moving anything; empty ends it. `status` tells how they compare."""
     namespace: str = ""
     """Of the cell; empty: the contract's name."""
     timeout_s: float = 10.0
@@ -57,13 +62,17 @@ class Operate:
 
     def _request(self, client: "CellClient") -> None:
         name = REQUESTS.get(self.action, self.action.replace("-", "_"))
-        reply = client.request(
-            name,
-            task=self.task,
-            seed=self.seed,
-            operator=self.operator,
-            timeout_s=self.timeout_s,
-        )
+        if self.action == "shadow":
+            reply = client.shadow(self.version, timeout_s=self.timeout_s).result()
+        else:
+            reply = client.request(
+                name,
+                task=self.task,
+                seed=self.seed,
+                operator=self.operator,
+                instruction=self.instruction,
+                timeout_s=self.timeout_s,
+            )
         if not reply.success:
             raise UserError(f"{self.action}: {reply.message}")
         print(reply.message)
@@ -87,6 +96,12 @@ class Operate:
                     "operator": state.operator,
                     "policy": dict(client.policy),
                     "episode": client.episode and dict(client.episode),
+                    "shadow": {
+                        key.removeprefix("shadow_"): value
+                        for health in client.health.values()
+                        for key, value in health.values.items()
+                        if key.startswith("shadow_")
+                    },
                     "clipped": {k: v for k, v in state.clipped.items() if v},
                     "joints": joints
                     and dict(zip(joints.names, joints.position.round(4).tolist(), strict=False)),

@@ -42,6 +42,11 @@ export class Episodes {
     if (uuid && uuid !== this.shown) this.open(uuid);
   }
 
+  recolour() {
+    this.load();
+    this.detail.recolour();
+  }
+
   filter() {
     this.offset = 0;
     this.load();
@@ -157,6 +162,12 @@ class Detail {
     this.showStrip();
     drawRuns(this.runs, data);
     this.at(0);
+  }
+
+  recolour() {
+    if (!this.data) return;
+    drawRuns(this.runs, this.data);
+    this.at(this.index);
   }
 
   showStrip() {

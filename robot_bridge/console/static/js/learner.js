@@ -15,7 +15,8 @@ export class Learner {
     this.curves = h("div", { class: "curve-grid" });
     this.lossNote = h("span", { class: "note" });
     this.shares = h("tbody");
-    this.mixture = h("section", { class: "card", hidden: true }, h("div", { class: "card-head" }, h("h2", {}, t("mixture.title")),
+    this.mixtureNote = h("span", { class: "note" });
+    this.mixture = h("section", { class: "card", hidden: true }, h("div", { class: "card-head" }, h("h2", {}, t("mixture.title")), this.mixtureNote,
       h("p", { class: "legend" }, ["online", "offline"].map((kind) => [h("span", { class: `key mix ${kind}` }), t(`mixture.${kind}`)]))),
       h("table", { class: "mixture" }, h("thead", { class: "visually-hidden" }, h("tr", {}, ["task", "share", "online", "offline"].map((name) => h("th", { scope: "col" }, t(`mixture.${name}`))))), this.shares));
     this.more = h("details", { class: "card" }, h("summary", {}, t("learner.curves")), this.curves);
@@ -42,6 +43,13 @@ export class Learner {
     this.load();
   }
 
+  recolour() {
+    if (!this.progress) return;
+    this.drawLoss();
+    this.drawSuccess();
+    this.drawCurves();
+  }
+
   async load() {
     try {
       [this.progress, this.registry] = await Promise.all([api("/api/learner"), api("/api/versions")]);
@@ -51,14 +59,13 @@ export class Learner {
     }
     this.showTiles();
     this.showVersions();
-    this.drawLoss();
-    this.drawSuccess();
-    this.drawCurves();
+    this.recolour();
     this.showMixture();
   }
 
   showMixture() {
-    const { mixture } = this.progress;
+    const { mixture, mixture_updates: n } = this.progress;
+    say(this.mixtureNote, n ? t("mixture.mean", { n }) : t("mixture.fixed"));
     const percent = (x) => `${(100 * x).toFixed(1)} %`;
     const most = Math.max(0.01, ...mixture.map((row) => row.online + row.offline));
     this.mixture.hidden = !mixture.length;
@@ -155,7 +162,8 @@ export class Learner {
     const may = this.app.session.role === "operator";
     this.rollback.disabled = !may || registry.active === null;
     this.rollback.hidden = !this.app.has.registry;
-    say(this.pinned, registry.pinned ? t("versions.pinned") : "");
+    const gate = registry.gate === null ? "" : registry.gate > 0 ? t("versions.gate", { percent: Number((100 * registry.gate).toPrecision(3)) }) : t("versions.gate.any");
+    say(this.pinned, [registry.pinned ? t("versions.pinned") : "", gate].filter(Boolean).join(". "));
     if (!registry.versions.length) {
       fill(this.versions, h("tr", {}, h("td", { colspan: 7, class: "empty" }, t("versions.none"))));
     } else {
@@ -165,24 +173,75 @@ export class Learner {
         const played = found.get(v.version);
         const { canary } = registry;
         const tried = canary?.version === v.version;
+        const beside = this.shadowed(v.version).map((s) => s.cell);
         const act = (name, off = false) => button(t(`versions.${name}`), () => this.ask(name, name === "withdraw" ? null : v.version), { disabled: !may || off, "data-do": `${name}-${v.version}` });
         return h("tr", { "data-version": v.version, "aria-current": active ? "true" : null },
           h("td", {}, h("b", {}, `v${v.version}`), active ? h("span", { class: "badge" }, t("versions.active")) : null,
-            tried ? h("span", { class: "badge try" }, t("versions.tried", { who: whom(canary) })) : null, v.rejected ? h("span", { class: "badge no" }, t("versions.rejected")) : null),
+            tried ? h("span", { class: "badge try" }, t("versions.tried", { who: whom(canary) })) : null, v.rejected ? h("span", { class: "badge no" }, t("versions.rejected")) : null,
+            v.held ? h("span", { class: "badge no", title: v.held }, t("versions.held")) : null,
+            beside.length ? h("span", { class: "badge try" }, t("versions.shadowed", { cells: beside.join(", ") })) : null),
           h("td", {}, v.parent ? `v${v.parent}` : "–"), h("td", {}, when(v.created_s)), h("td", { class: "number" }, String(v.learner_step)),
           h("td", {}, played ? `${played.success_alone}/${played.episodes}` : "–"),
-          h("td", { class: "remarks" }, [metrics(v.metrics), ...this.shadows(v.version)].filter(Boolean).join("; ")),
-          h("td", {}, h("div", { class: "row end" }, active ? null : [tried ? act("withdraw") : act("canary", canary !== null || registry.active === null), act("activate")])));
+          h("td", { class: "remarks" }, [metrics(v.metrics), v.held ? t("versions.held.why", { why: v.held }) : "", ...this.shadows(v.version)].filter(Boolean).join("; ")),
+          h("td", {}, h("div", { class: "row end" }, active ? null : [
+            button(t("versions.shadow.button"), () => this.askShadow(v.version), { disabled: !may, "data-do": `shadow-${v.version}` }),
+            tried ? act("withdraw") : act("canary", canary !== null || registry.active === null), act("activate")])));
       }));
     }
     fill(this.history, registry.history.slice(0, 30).map((entry) => h("li", {}, h("time", {}, when(entry.stamp_ns / 1e9)), ` ${entry.action} v${entry.version} ${entry.reason}`)));
   }
 
-  // What shadows of this version would have done otherwise, by cell.
+  // States of the cells in which this version is the shadow.
+  shadowed(version) {
+    return [...this.app.states.values()].filter((s) => s.shadow?.version === version);
+  }
+
+  // What shadows of this version would have done otherwise, by cell; and who would not have it.
   shadows(version) {
     const percent = (x) => `${(100 * x).toFixed(1)} %`;
-    return [...this.app.states.values()].filter((s) => s.shadow?.version === version && s.shadow.chunks)
-      .map((s) => t("versions.shadow", { cell: s.cell, n: s.shadow.chunks, mean: percent(s.shadow.mean), first: percent(s.shadow.first), worst: percent(s.shadow.worst) }));
+    const refused = [...this.app.states.values()].filter((s) => s.shadow?.refused?.startsWith(`shadow '${version}' `))
+      .map((s) => t("versions.shadow.refused", { cell: s.cell, message: s.shadow.refused }));
+    return refused.concat(this.shadowed(version).filter((s) => s.shadow.chunks)
+      .map((s) => t("versions.shadow", { cell: s.cell, n: s.shadow.chunks, mean: percent(s.shadow.mean), first: percent(s.shadow.first), worst: percent(s.shadow.worst) })));
+  }
+
+  // Which cells let a version run beside their policy, and what that means.
+  async askShadow(version) {
+    let plan;
+    try {
+      plan = await api(`/api/versions/plan?${new URLSearchParams({ action: "shadow", version })}`);
+    } catch (error) {
+      this.app.tell(t("refused", { message: error.message }), "bad");
+      return;
+    }
+    const before = (cell) => this.app.states.get(cell.cell)?.shadow?.version;
+    const boxes = plan.cells.map((cell) => h("input", { type: "checkbox", value: cell.cell, disabled: !cell.runs, "data-do": `shadow-in-${cell.cell}`,
+      checked: Boolean(cell.runs) && (before(cell) === version || plan.cells.length === 1), onchange: () => show() }));
+    const changes = () => plan.cells.flatMap((cell, i) => {
+      const was = before(cell) === version;
+      return boxes[i].disabled || boxes[i].checked === was ? [] : [{ ...cell, to: version, starts: boxes[i].checked, before: before(cell) }];
+    });
+    const list = h("ul", { class: "plan-list", "aria-live": "polite" });
+    const sure = button(t("plan.do"), () => go(), { class: "primary", "data-do": "plan-yes" });
+    const show = () => {
+      const found = changes();
+      sure.disabled = !found.length;
+      fill(list, [...plan.cells.filter((cell) => !cell.runs).map((cell) => t("plan.shadow.fixed", cell)),
+        ...found.flatMap((c) => [c.starts && c.before ? t("plan.shadow.replaces", c) : null, t(c.starts ? "plan.shadow.starts" : "plan.shadow.ends", c)]),
+        found.some((c) => c.starts) ? t("plan.shadow.cost") : null].filter(Boolean).map((line) => h("li", {}, line)));
+    };
+    const go = async () => {
+      const found = changes();
+      dialog.close();
+      for (const { cell, starts } of found) {
+        const reply = await this.app.command("shadow", { version: starts ? version : null }, cell);
+        if (reply.ok) this.app.tell(t(starts ? "plan.done.shadow" : "plan.shadow.ends", { cell, to: version }), "good");
+      }
+      this.load();
+    };
+    show();
+    const dialog = sheet(t("plan.shadow", { to: version }),
+      h("fieldset", {}, h("legend", {}, t("plan.shadow.who")), boxes.map((box) => h("label", { class: "check" }, box, box.value))), list, sure);
   }
 
   // Says what will happen, then asks.
@@ -224,9 +283,8 @@ export class Learner {
       });
     }
     show();
-    const close = () => dialog.close();
     const go = async () => {
-      close();
+      dialog.close();
       const args = { reason: reason.value };
       if (action !== "withdraw") args.version = plan.to;
       if (action === "activate") args.pin = pin.checked;
@@ -235,17 +293,24 @@ export class Learner {
       if (reply.ok) this.app.tell(t(`plan.done.${action}`, reply), "good");
       this.load();
     };
-    const dialog = h("dialog", { "aria-labelledby": "plan-title", onclose: () => dialog.remove() },
-      h("h2", { id: "plan-title" }, t(`plan.${action}`, plan)),
+    const dialog = sheet(t(`plan.${action}`, plan),
       action !== "canary" ? null : h("fieldset", {}, h("legend", {}, t("plan.who")),
         h("label", {}, t("plan.percent"), percent), boxes.map((box) => h("label", { class: "check" }, box, box.value))),
       list,
       action !== "activate" ? null : h("label", { class: "check" }, pin, t("plan.pinbox")),
-      h("label", {}, t("plan.reason"), reason),
-      h("div", { class: "row end" }, button(t("plan.cancel"), close, { "data-do": "plan-no" }), sure));
-    append(document.body, [dialog]);
-    dialog.showModal();
+      h("label", {}, t("plan.reason"), reason), sure);
   }
+}
+
+// A question whose last part is the button that says yes.
+function sheet(title, ...parts) {
+  const sure = parts.pop();
+  const dialog = h("dialog", { "aria-labelledby": "plan-title", onclose: () => dialog.remove() },
+    h("h2", { id: "plan-title" }, title), parts,
+    h("div", { class: "row end" }, button(t("plan.cancel"), () => dialog.close(), { "data-do": "plan-no" }), sure));
+  append(document.body, [dialog]);
+  dialog.showModal();
+  return dialog;
 }
 
 // What will happen, in sentences.
@@ -253,7 +318,7 @@ function lines(action, plan, pin, percent) {
   const swap = (cell) => t(cell.swap === "chunk" ? "plan.cell.chunk" : cell.in_episode ? "plan.cell.episode" : "plan.cell.idle", cell);
   const taking = plan.cells.filter((cell) => cell.takes);
   if (action === "withdraw") return [t("plan.withdrawn", plan), ...taking.map(swap), t("plan.rejects", plan)];
-  const first = [plan.from === null ? t("plan.nothing") : t("plan.now", plan), t("plan.checked", plan)];
+  const first = [plan.from === null ? t("plan.nothing") : t("plan.now", plan), t("plan.checked", plan), plan.held ? t("plan.held", plan) : null].filter(Boolean);
   if (action === "canary") {
     const here = taking.map((cell) => cell.cell).join(", ");
     return [...first, percent > 0 ? t("plan.tries", { ...plan, percent }) : null, here ? t("plan.here", { ...plan, here }) : t("plan.nohere"),

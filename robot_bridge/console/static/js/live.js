@@ -230,6 +230,8 @@ export class Live {
     const policy = state.policy ?? {};
     rows.push(policy.version === undefined ? t("banner.nopolicy") : policy.version === 0 ? t("banner.fixed") : t("banner.version", policy));
     if (state.mode === "POLICY") rows.push(t("banner.chunk", { ms: state.chunk_age_ms }));
+    const { shadow } = state;
+    if (shadow?.version) rows.push(t(shadow.chunks ? "banner.shadow" : "banner.shadow.waits", { version: shadow.version, mean: `${(100 * (shadow.mean ?? 0)).toFixed(1)} %` }));
     const episode = state.episode;
     if (!episode) rows.push(t("banner.noepisode"));
     else if (!episode.running) rows.push(`${episode.task}, ${t("banner.waiting")}`);
@@ -350,6 +352,12 @@ export class Live {
     const points = this.traces.get(name);
     points.push([performance.now() / 1e3, value]);
     while (points.length && points[0][0] < points[points.length - 1][0] - TRACE_S) points.shift();
+  }
+
+  recolour() {
+    this.plan.dirty = true;
+    this.second();
+    this.showPaths();
   }
 
   // Four times a second: what changes with time alone, and drawing.

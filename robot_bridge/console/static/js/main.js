@@ -37,6 +37,7 @@ class App {
     this.link.addEventListener("driven", (event) => event.detail.news === "over" && this.driver.letGo("over"));
     this.driver.addEventListener("stop", () => this.stop());
     window.addEventListener("hashchange", () => this.route());
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.recolour());
     window.addEventListener("keydown", (event) => this.onKey(event, true), true);
     window.addEventListener("keyup", (event) => this.onKey(event, false), true);
   }
@@ -118,7 +119,7 @@ class App {
       h("a", { class: "skip", href: "#content", onclick: (event) => { event.preventDefault(); this.main.focus(); } }, t("skip")),
       h("header", { class: "top" },
         h("span", { class: "brand" }, h("img", { src: "/static/icon.svg", alt: "", width: 24, height: 24 }), h("span", {}, "vla_post")),
-        this.cellChoice, this.nav, h("span", { class: "grow" }), this.linkState, this.who, theme.button(),
+        this.cellChoice, this.nav, h("span", { class: "grow" }), this.linkState, this.who, theme.button(() => this.recolour()),
         button(t("logout"), () => this.logout(), { class: "quiet", "data-do": "logout" }), this.stopButton),
       this.main, this.messages);
     this.showKeys();
@@ -180,6 +181,11 @@ class App {
     if (next !== "live") shown.enter(argument);
     else if (before && before !== "live") this.live.watch();
     document.body.dataset.page = next;
+  }
+
+  // Charts took their colours from the style sheet when they were drawn.
+  recolour() {
+    if (this.session) this.pages?.[this.page]?.recolour?.();
   }
 
   // Commands ------------------------------------------------------------------
@@ -294,11 +300,12 @@ const theme = {
   apply() {
     document.documentElement.dataset.theme = this.now;
   },
-  button() {
+  button(changed) {
     const element = button("", () => {
       localStorage.setItem("vla_post.theme", this.all[(this.all.indexOf(this.now) + 1) % 3]);
       this.apply();
       show();
+      changed();
     }, { class: "quiet theme", "data-do": "theme" });
     const show = () => {
       say(element, { auto: "◐", light: "☀", dark: "☾" }[this.now]);
