@@ -35,3 +35,26 @@ def chrome():
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def person(site: Any, chrome: Any):
+    """Makes operators; no page may have thrown anything."""
+    from .operator_page import Operator
+
+    opened, people = [], []
+
+    def make(link: Any = None, script: Any = None, **options: Any):
+        context = chrome.new_context(viewport={"width": 1440, "height": 900}, **options)
+        opened.append(context)
+        if script is not None:
+            context.add_init_script(script)
+        people.append(Operator(context.new_page(), link or site.operator_link))
+        return people[-1]
+
+    yield make
+    for someone in people:
+        someone.leave()
+    for context in opened:
+        context.close()
+    assert [error for someone in people for error in someone.errors] == []

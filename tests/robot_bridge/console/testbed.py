@@ -22,6 +22,9 @@ from vla_post.export.registry import Registry
 
 from ..graph import checkpoint
 
+Checkpoint = Callable[[Path, Contract, float], Path]
+"""(folder, contract, a number that tells versions apart) -> the folder, with a checkpoint."""
+
 DEADLINE_S = float(os.environ.get("VLA_POST_TEST_DEADLINE_S", "60"))
 ARM_MODEL = "../franka_arm.xml"
 CHROMIUM_FLAGS = [
@@ -92,10 +95,27 @@ def stepping(**changes: Any) -> Contract:
 
 
 class Testbed:
-    """Cells, their registry and store, and one console for all of them."""
+    """Cells, their registry and store, and one console for all of them.
 
-    def __init__(self, folder: Path, contracts: list[Contract]) -> None:
+    Args:
+        make: of the registry's versions; the policy of `wave_runner` by default.
+        up: how many of the cells run; the others do not answer.
+        runner: parameters of the real runner with these versions, in place of `wave_runner`.
+    """
+
+    __test__ = False  # pytest takes the name for a test's
+
+    def __init__(
+        self,
+        folder: Path,
+        contracts: list[Contract],
+        *,
+        make: Checkpoint = checkpoint,
+        up: int = 2,
+        runner: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.contracts = folder, contracts
+        self.running, self.runner = contracts[:up], runner
         self.registry = Registry(folder / "registry")
         self.metrics = folder / "metrics.jsonl"
         self.token_file = folder / "tokens.json"
@@ -103,7 +123,7 @@ class Testbed:
         use_default_profile()
         os.environ["OMP_NUM_THREADS"] = "1"
         for step in (0, 100, 200):
-            source = checkpoint(folder / f"checkpoint{step}", contracts[0], 0.1 + step / 1000)
+            source = make(folder / f"checkpoint{step}", contracts[0], 0.1 + step / 1000)
             self.registry.publish(
                 source,
                 contract=contracts[0],
@@ -112,7 +132,9 @@ class Testbed:
                 metrics={"success": 0.4 + step / 1000},
             )
         self._write_metrics()
-        self.groups = [self._group(contract, i == 0) for i, contract in enumerate(contracts)]
+        for contract in contracts:
+            (folder / f"{contract.cell}.yaml").write_text(written(contract))
+        self.groups = [self._group(contract, i == 0) for i, contract in enumerate(self.running)]
         self.server: subprocess.Popen[bytes] | None = None
         self.address = ""
 
@@ -142,7 +164,6 @@ class Testbed:
 
     def _group(self, contract: Contract, versions: bool) -> ProcessGroup:
         path = self.folder / f"{contract.cell}.yaml"
-        path.write_text(written(contract))
         policy: dict[str, Any] = (
             {"registry": self.registry.root}
             if versions
@@ -157,8 +178,11 @@ class Testbed:
             )
         )
         for i, spec in enumerate(specs):
-            if spec.name == "runner":
+            if spec.name == "runner" and self.runner is None:
                 specs[i] = dataclasses.replace(spec, module="wave_runner")
+            elif spec.name == "runner":
+                more = dict(spec.parameters) | dict(self.runner or {})
+                specs[i] = dataclasses.replace(spec, parameters=more)
             elif spec.name == "arbiter":
                 more = dict(spec.parameters) | {"lockstep_wait_s": 2.0}
                 specs[i] = dataclasses.replace(spec, parameters=more)
@@ -234,7 +258,7 @@ class Testbed:
     def quiet(self) -> None:
         """No episode, no stop, no lease; and the cells hold."""
         with self.client() as client:
-            for contract in self.contracts:
+            for contract in self.running:
                 base = f"/api/cells/{contract.cell}"
                 state = client.get(base).json()
                 if not state.get("episode") and state.get("mode") == "HOLD" and not state["lease"]:
