@@ -265,6 +265,11 @@ class ChunkSampler:
         return dict(zip(self.tasks, found.tolist(), strict=True))
 
     @property
+    def stores(self) -> list[Store]:
+        """Every store in use, at the snapshot that batches are drawn from."""
+        return list(self._stores)
+
+    @property
     def snapshot_ids(self) -> dict[str, str]:
         """Location -> snapshot of every store in use."""
         return {s.location: s.snapshot_id for s in self._stores}

@@ -18,6 +18,8 @@ from vla_post.batch import Observation, Policy
 from vla_post.critics.networks import CriticInput, InputSize
 
 PROPRIOCEPTION = "observation.state"
+CACHED_FEATURES, CACHED_PROPRIOCEPTION = "critic.features", "critic.proprioception"
+"""Keys of an observation that brings what the encoder would say of it; see `FeatureCache`."""
 
 
 @runtime_checkable
@@ -157,8 +159,17 @@ class PolicyEncoder:
         shape = contract.observations[key].shape
         return shape if key in contract.vectors else (shape[2], shape[0], shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        return self._mean.device
+
     @torch.no_grad()
     def __call__(self, observation: Observation, instruction: Sequence[str]) -> CriticInput:
+        if CACHED_FEATURES in observation:
+            return CriticInput(
+                features=observation[CACHED_FEATURES],
+                proprioception=observation[CACHED_PROPRIOCEPTION],
+            )
         features = self._policy.features(observation, list(instruction))
         return CriticInput(
             features=features[:, None].float(), proprioception=self.proprioception(observation)

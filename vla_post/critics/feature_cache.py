@@ -23,13 +23,10 @@ from torch import Tensor
 
 from trajectory_store import ChunkBatch, Episode, Store
 from vla_post.batch import Observation, observation_from_numpy
-from vla_post.critics.encoders import Encoder
+from vla_post.critics.encoders import CACHED_FEATURES, CACHED_PROPRIOCEPTION, Encoder
 from vla_post.critics.networks import CriticInput
 
 log = logging.getLogger(__name__)
-
-FEATURES, PROPRIOCEPTION = "critic.features", "critic.proprioception"
-"""Keys of an observation that carries features in place of frames."""
 
 
 @dataclass
@@ -50,12 +47,20 @@ class FeatureCache:
     Args:
         folder: of the files, such as the run's; each is written under a temporary name and renamed.
         batch_size: frames that go through the encoder together.
+        device: of the encoder.
     """
 
     def __init__(
-        self, encoder: Encoder, folder: Path, *, memory_bytes: int = 256 << 20, batch_size: int = 64
+        self,
+        encoder: Encoder,
+        folder: Path,
+        *,
+        memory_bytes: int = 256 << 20,
+        batch_size: int = 64,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.encoder, self.folder, self.batch_size = encoder, folder, batch_size
+        self.device = device
         self._limit, self._used = memory_bytes, 0
         self._held: OrderedDict[str, CriticInput] = OrderedDict()
         self._hash = encoder.hash
@@ -82,18 +87,29 @@ class FeatureCache:
         Args:
             stores: those that the batch was drawn from.
         """
-        by_place = {store.location: store for store in stores}
-        now = np.asarray(batch.provenance.tick)
+        place = batch.provenance
+        by_location = {store.location: store for store in stores}
+        now = np.asarray(place.tick)
         after = now + np.minimum(batch.n, batch.left - 1)
-        rows: list[tuple[CriticInput, int, int]] = []
-        for item in range(len(batch)):
-            location, uuid, _ = batch.provenance[item]
-            store = by_place[location]
-            seen = self.episode(store, store.episode(uuid))
-            rows.append((seen, int(now[item]), int(after[item])))
-        observation = batch.observation | _gather([(seen, tick) for seen, tick, _ in rows])
-        after_it = batch.next_observation | _gather([(seen, tick) for seen, _, tick in rows])
-        return replace(batch, observation=observation, next_observation=after_it)
+        columns: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+        for number in np.unique(place.episode):  # every episode's features are read in one go
+            items = np.flatnonzero(place.episode == number)
+            store = by_location[place.stores[int(place.store[items[0]])]]
+            seen = self.episode(store, store.episode(place.uuids[int(number)]))
+            for column, ticks in zip(columns, (now, after), strict=True):
+                index = torch.from_numpy(ticks[items])
+                for key, known in (
+                    (CACHED_FEATURES, seen.features),
+                    (CACHED_PROPRIOCEPTION, seen.proprioception),
+                ):
+                    if key not in column:
+                        column[key] = np.empty((len(batch), *known.shape[1:]), np.float32)
+                    column[key][items] = known[index].numpy()
+        return replace(
+            batch,
+            observation=batch.observation | columns[0],
+            next_observation=batch.next_observation | columns[1],
+        )
 
     @torch.no_grad()
     def _encode(self, store: Store, episode: Episode) -> CriticInput:
@@ -115,13 +131,13 @@ class FeatureCache:
             parts.append(self._run(store, contract, rows, episode.instruction).features.cpu())
         features = torch.cat(parts)[torch.from_numpy(inverse.reshape(-1))]
         state = self.encoder.proprioception(
-            observation_from_numpy({k: store.read(k, ticks) for k in contract.vectors})
+            observation_from_numpy({k: store.read(k, ticks) for k in contract.vectors}, self.device)
         )
         return CriticInput(features=features.half(), proprioception=state.cpu())
 
     def _run(self, store: Store, contract: Any, rows: np.ndarray, instruction: str) -> CriticInput:
         seen: Observation = observation_from_numpy(
-            {key: store.read(key, rows) for key in contract.observations}
+            {key: store.read(key, rows) for key in contract.observations}, self.device
         )
         return self.encoder(seen, [instruction] * len(rows))
 
@@ -172,12 +188,6 @@ class FeatureCache:
     def held_bytes(self) -> int:
         """In memory now."""
         return self._used
-
-
-def _gather(places: Sequence[tuple[CriticInput, int]]) -> dict[str, np.ndarray]:
-    features = torch.stack([seen.features[tick] for seen, tick in places]).float()
-    state = torch.stack([seen.proprioception[tick] for seen, tick in places])
-    return {FEATURES: features.numpy(), PROPRIOCEPTION: state.numpy()}
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from trajectory_store import ChunkBatch, Contract, Filter, FleetView, Part, Source
+from trajectory_store import ChunkBatch, Contract, Filter, FleetView, Part, Source, Store
 from vla_post import parallel
 from vla_post.batch import DataNeeds
-from vla_post.critics.returns import require_outcomes
+from vla_post.critics.returns import require_outcomes, require_rewards
 from vla_post.training.data import require_fitting, sampler_of
 
 
@@ -107,7 +107,7 @@ class AdaptiveSampler:
 
     Raises:
         ContractMismatch: a store's actions or observations are not those of the contract.
-        Unrewarded: `needs.outcomes`, and the episodes do not say what was good.
+        Unrewarded: `needs.outcomes` or `needs.rewards`, and the data do not say what was good.
     """
 
     def __init__(
@@ -136,6 +136,8 @@ class AdaptiveSampler:
         every = [e for view in views.values() for e in view.episodes]
         if needs.outcomes:
             require_outcomes(every, needs.backup or contract.chunk_horizon)
+        if needs.rewards:
+            require_rewards([store for view in views.values() for store in view.stores])
         self.windows = windows
         self.tasks = sorted({e.task for e in every})
         # A part for each task and source; those that have nothing to draw are never drawn.
@@ -157,6 +159,11 @@ class AdaptiveSampler:
         )
         self._there = set(self._sampler.shares)
         self._fresh = np.array([fresh for _, fresh in self._parts])
+
+    @property
+    def stores(self) -> list[Store]:
+        """Every store that batches are drawn from."""
+        return self._sampler.stores
 
     def shares(self) -> dict[str, float]:
         """Expected share of each task's fresh and static data (Eq. S1, S3), in the next batch."""

@@ -28,6 +28,8 @@ from uuid import uuid4
 from trajectory_store import ChunkBatch, ChunkSampler, FleetView, NotAStore, StoreUnavailable
 from vla_post import parallel
 from vla_post.batch import Batch, NonFiniteLoss
+from vla_post.critics.encoders import PolicyEncoder
+from vla_post.critics.feature_cache import FeatureCache
 from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import SCORES, RegistryUnavailable, open_registry
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
@@ -81,6 +83,9 @@ class LearnerConfig:
     updates, publish, and wait again. 0 trains continuously, while they work."""
     round_updates: int = 500
     """Of a round in batch mode; `max_reuse` and the periods of publishing do not apply there."""
+    feature_cache: bool = True
+    """Where a critic sees through the policy's encoder: run the frozen copy once per frame and keep
+    what it says under `run`, instead of once per frame and update."""
     gate_margin: float | None = None
     """Robots adopt a version only if the critic values it this share above the one that runs; 0:
     strictly better. The others are published and held (`vla-post registry gate`). None adopts all,
@@ -165,6 +170,11 @@ class LearnerProcess:
             self._published_at = self.trainer.updates
             self._round_left = int(extra.get("round_left", 0))
             self._trained_episodes = int(extra.get("trained_episodes", 0))
+        encoder = getattr(self.trainer.learner, "encoder", None)
+        self._features: FeatureCache | None = None
+        if config.feature_cache and isinstance(encoder, PolicyEncoder):
+            folder = config.run / "features"
+            self._features = FeatureCache(encoder, folder, device=encoder.device)
         self._sampler: ChunkSampler | AdaptiveSampler | None = None
         self._online: FleetView | None = None
         self._away = ""
@@ -272,7 +282,10 @@ class LearnerProcess:
         """None while the online stores do not answer."""
         assert self._sampler is not None
         try:
-            return next(self._sampler)
+            chunk = next(self._sampler)
+            if self._features is not None:
+                chunk = self._features.add_to(chunk, self._sampler.stores)
+            return chunk
         except StoreUnavailable as error:
             self._is_away(error)
             self.stop.wait(self.config.refresh_s)

@@ -12,7 +12,8 @@ import sim
 from trajectory_store import ChunkSampler, Outcome, Source, Store, StoreWriter
 from trajectory_store.contract import Contract, load_contract
 from vla_post.batch import Batch, Observation
-from vla_post.critics.feature_cache import FEATURES, PROPRIOCEPTION, FeatureCache
+from vla_post.critics.encoders import CACHED_FEATURES, CACHED_PROPRIOCEPTION
+from vla_post.critics.feature_cache import FeatureCache
 from vla_post.critics.networks import CriticInput, InputSize
 
 IMAGE = "observation.images.corner"
@@ -101,11 +102,11 @@ def test_batches_carry_features_of_their_own_ticks(tmp_path: Path, store: Store)
     sampler = ChunkSampler(store, horizon=4, backup=2, batch_size=40, seed=1, keys=state)
     chunk = cache.add_to(next(sampler), [store])
     tick = chunk.provenance.tick
-    np.testing.assert_array_equal(chunk.observation[PROPRIOCEPTION][:, 0], tick)
+    np.testing.assert_array_equal(chunk.observation[CACHED_PROPRIOCEPTION][:, 0], tick)
     after = chunk.next_observation["observation.state"][:, :1]
-    np.testing.assert_array_equal(chunk.next_observation[PROPRIOCEPTION], after)
+    np.testing.assert_array_equal(chunk.next_observation[CACHED_PROPRIOCEPTION], after)
     batch = Batch.from_numpy(chunk)
-    assert batch.observation[FEATURES].shape == (40, 1, 1)
+    assert batch.observation[CACHED_FEATURES].shape == (40, 1, 1)
 
 
 def test_another_encoder_has_its_own_files_and_a_damaged_one_is_replaced(

@@ -15,6 +15,7 @@ import torch
 
 from trajectory_store import FleetView, Outcome, Source, StoreWriter, Tick
 from trajectory_store.contract import Contract, ContractMismatch, load_contract
+from trajectory_store.maintenance import relabel
 from vla_post.batch import DataNeeds, NonFiniteLoss
 from vla_post.critics.returns import Unrewarded
 from vla_post.export.registry import Registry
@@ -373,6 +374,31 @@ def test_metrics_are_whole_lines(tmp_path: Path):
         file.write('{"loss": 0.')  # another process is writing
     assert [row["loss"] for row in read_metrics(path)] == [1.0, 0.5]
     assert all(json.loads(line)["stamp_s"] > 0 for line in path.read_text().splitlines()[:2])
+
+
+def test_a_critics_encoder_runs_once_per_frame(folders: Path, contract: Contract):
+    """And the critic learns what it would have learned without the cache."""
+    robot = folders / "online" / "robot"
+    record(robot, contract, [Source.POLICY] * 30)
+    relabel(robot, [e.uuid for e in FleetView(robot).episodes], outcome=Outcome.FAILURE)
+    train = TrainConfig(algorithm=AloeConfig(encoder="policy", critic_warmup=4), batch_size=16)
+    losses: dict[bool, list[float]] = {}
+    for cached in (False, True):
+        run = folders / f"run{cached}"
+        process = LearnerProcess(
+            config(folders, run=run, train=train, feature_cache=cached, max_updates=6)
+        )
+        process.run()
+        rows = read_metrics(run / "metrics.jsonl")
+        losses[cached] = [row["critic/loss"] for row in rows if "critic/loss" in row]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.02)  # kept in half precision
+    assert process._features
+    assert process._features.counts.encoded == 60
+    assert len(list((folders / "runTrue" / "features").iterdir())) == 2
+    again = LearnerProcess(config(folders, run=run, train=train, resume=True, max_updates=8))
+    again.run()
+    assert again._features
+    assert (again._features.counts.encoded, again._features.counts.ticks > 0) == (0, True)
 
 
 def test_a_learner_of_values_refuses_what_says_nothing_of_value(folders: Path, contract: Contract):
