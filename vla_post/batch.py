@@ -179,6 +179,8 @@ class DataNeeds:
     """Control steps to the next observation; None: the policy's chunk."""
     outcomes: bool = False
     """Learns from how episodes ended, so the data must hold successes and failures."""
+    rewards: bool = False
+    """Learns from recorded rewards, so the data must hold different ones."""
     keys: tuple[str, ...] = ()
     """Observation features beside those that the policy sees."""
 

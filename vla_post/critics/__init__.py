@@ -9,6 +9,7 @@ from vla_post.critics.returns import (
     Unrewarded,
     monte_carlo_return,
     require_outcomes,
+    require_rewards,
     rewards_of,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "monte_carlo_return",
     "polyak_",
     "require_outcomes",
+    "require_rewards",
     "rewards_of",
 ]

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from trajectory_store import Episode, Outcome
+from trajectory_store import Episode, Outcome, Store
 from vla_post.batch import Batch
 
 
@@ -191,6 +192,25 @@ def require_outcomes(episodes: Sequence[Episode], chunk: int) -> None:
             f"Give the critic a chunk of at most {longest} steps, or check that the store was "
             "recorded at the contract's rate"
         )
+
+
+def require_rewards(stores: Sequence[Store]) -> None:
+    """Refuses a buffer whose recorded rewards are all the same, before the first update.
+
+    Raises:
+        Unrewarded: they are; the message says which and what to do.
+    """
+    seen: set[float] = set()
+    episodes = [(store, e) for store in stores for e in store.episodes if len(e)]
+    for store, episode in episodes:
+        seen.update(np.unique(store.read("reward", episode)).tolist())
+        if len(seen) > 1:
+            return
+    same = f"are {seen.pop():g} at every step" if seen else "are not there"
+    raise Unrewarded(
+        f"the rewards recorded in the buffer's {len(episodes)} episodes {same}: nothing says what "
+        "was good. Take rewards of source `outcome`, or write `reward` when recording"
+    )
 
 
 def outcomes_of(batch: Batch) -> tuple[Integer[Tensor, " B"], Integer[Tensor, " B"]]:

@@ -41,6 +41,10 @@ class AdvantageConfig(GradientAlgorithm):
     weights: WeightConfig = field(default_factory=WeightConfig)
     encoder: Literal["auto", "state", "policy"] = "auto"
     """What the critic sees: the contract's vectors, or a frozen copy of the policy's features."""
+    double_buffer: bool = False
+    """Half of each batch is what people showed, demonstrations and interventions, and half is all
+    that robots recorded (HIL-SERL, arXiv:2410.21845). Corrections are few among the robot's own
+    chunks, whose weights are about 1 whatever the policy is worth."""
     critic_learning_rate: float = 1e-3
     critic_warmup: int = 200
     """First updates, which train the critic alone; weights from a fresh critic are noise."""
@@ -54,7 +58,8 @@ class AdvantageConfig(GradientAlgorithm):
             )
 
     def data(self, contract: Contract) -> DataNeeds:
-        return DataNeeds(outcomes=True)
+        stored = self.rewards.source == "stored"
+        return DataNeeds(outcomes=not stored, rewards=stored, double_buffer=self.double_buffer)
 
     @property
     def critic_optimisation(self) -> GradientAlgorithm:

@@ -23,7 +23,7 @@ that an end is near.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -88,9 +88,8 @@ class AloeConfig(AdvantageConfig):
             raise ValueError(f"target_rate is {self.target_rate}; expected a share in (0, 1]")
 
     def data(self, contract: Contract) -> DataNeeds:
-        return DataNeeds(
-            next_observation=True, backup=critic_chunk(self.chunk, contract), outcomes=True
-        )
+        backup = critic_chunk(self.chunk, contract)
+        return replace(super().data(contract), next_observation=True, backup=backup)
 
     def build(
         self, policy: Policy, parameters: Sequence[nn.Parameter], contract: Contract

@@ -12,7 +12,7 @@ its running deviation unless `weights.scale` is `none`.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -60,7 +60,7 @@ class IqlConfig(AdvantageConfig):
 
     def data(self, contract: Contract) -> DataNeeds:
         backup = critic_chunk(self.chunk, contract)
-        return DataNeeds(next_observation=True, backup=backup, outcomes=True)
+        return replace(super().data(contract), next_observation=True, backup=backup)
 
     def build(
         self, policy: Policy, parameters: Sequence[nn.Parameter], contract: Contract

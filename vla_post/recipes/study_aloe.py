@@ -24,7 +24,7 @@ import sim
 from sim.demonstrations import write_demonstrations, write_episode
 from sim.operator import OperatorConfig
 from sim.rollout import Case, Result, rollout
-from trajectory_store import ChunkSampler, Filter, FleetView, Part, StoreWriter
+from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source, StoreWriter
 from trajectory_store.contract import Contract, load_contract
 from vla_post.batch import Algorithm
 from vla_post.learners.aloe import AloeConfig
@@ -52,17 +52,21 @@ class AloeStudy:
     """Episodes of the starting policy with the operator."""
     old_updates: int = 200
     start_updates: int = 1500
-    rounds: int = 2
+    rounds: int = 4
     episodes: int = 8
     """Of each round, with the operator."""
     updates: int = 400
     """Of the policy, before each round and after the last."""
-    critic_updates: int = 400
+    critic_updates: int = 800
     """Of a critic or value, before those of the policy: the paper's stages."""
     batch_size: int = 64
     learning_rate: float = 5e-4
-    demonstration_share: float = 0.5
+    demonstration_share: float = 0.4
     """Of each batch, whatever the method; the rest comes from the robot."""
+    intervention_share: float = 0.3
+    """Of each batch: chunks that a person commanded, drawn beside everything that the robot did, as
+    HIL-SERL's second buffer (arXiv:2410.21845), for methods that learn from both. In the order of
+    their number they are few, and a weight near 1 on the policy's own chunks drowns them."""
     evaluation_episodes: int = 30
     evaluation_seed: int = 50_000
     operator: OperatorConfig = field(default_factory=OperatorConfig)
@@ -74,6 +78,11 @@ class AloeStudy:
         for name in ("demonstrations", "old_failures", "corrected", "episodes", "updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.demonstration_share <= 1.0 - self.intervention_share < 1.001:
+            raise ValueError(
+                f"demonstration_share is {self.demonstration_share} and intervention_share "
+                f"{self.intervention_share}; expected shares that leave some of 1 to the robot"
+            )
 
     def settings(self) -> str:
         """Hash of everything that a result depends on beside task, seed and method."""
@@ -81,7 +90,7 @@ class AloeStudy:
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_WEIGHTS = WeightConfig(beta=0.5)
+_WEIGHTS = WeightConfig(beta=0.3)
 _ALOE = AloeConfig(weights=_WEIGHTS, target_rate=0.05, value_samples=2)
 METHODS: dict[str, Algorithm] = {
     "bc": HgDaggerConfig(),
@@ -233,15 +242,18 @@ class _Run:
             folders = [self.shared / "old", self.shared / "corrected"]
             if (self.folder / "online").exists():
                 folders.append(self.folder / "online")
-            parts = [
-                replace(parts[0], weight=study.demonstration_share),
-                Part(
-                    data=FleetView(folders),
-                    name="online",
-                    weight=1.0 - study.demonstration_share,
-                    filter=Filter(sources=needs.sources),
-                ),
-            ]
+            robot = Part(
+                data=FleetView(folders), name="online", filter=Filter(sources=needs.sources)
+            )
+            left = 1.0 - study.demonstration_share
+            parts = [replace(parts[0], weight=study.demonstration_share)]
+            if needs.sources is None and study.intervention_share > 0:
+                left -= study.intervention_share
+                people = Filter(sources=[Source.HUMAN])
+                parts.append(
+                    replace(robot, name="human", weight=study.intervention_share, filter=people)
+                )
+            parts.append(replace(robot, weight=left))
         return ChunkSampler(
             parts,
             horizon=self.contract.chunk_horizon,

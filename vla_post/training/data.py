@@ -10,7 +10,7 @@ from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source
 from trajectory_store.contract import Contract, ContractMismatch
 from trajectory_store.stats import normalisation
 from vla_post.batch import DataNeeds
-from vla_post.critics.returns import require_outcomes
+from vla_post.critics.returns import require_outcomes, require_rewards
 
 DEMONSTRATIONS, ONLINE, INTERVENTIONS = "demonstrations", "online", "interventions"
 """Names of the mixture's parts, in the order of `Batch.part`."""
@@ -78,7 +78,7 @@ def mixture(
 
     Raises:
         ContractMismatch: a store's actions or observations are not those of the contract.
-        Unrewarded: `needs.outcomes`, and the episodes do not say what was good.
+        Unrewarded: `needs.outcomes` or `needs.rewards`, and the data do not say what was good.
     """
     needs = needs or DataNeeds()
     views = [demonstrations] if online is None else [demonstrations, online]
@@ -87,6 +87,8 @@ def mixture(
     if needs.outcomes:
         episodes = [e for view in views for e in view.episodes]
         require_outcomes(episodes, needs.backup or contract.chunk_horizon)
+    if needs.rewards:
+        require_rewards([store for view in views for store in view.stores])
 
     def part(name: str, data: FleetView, share: float, sources: Sequence[Source] | None) -> Part:
         keep = Filter(sources=sources)

@@ -1,14 +1,22 @@
 """Targets of chunks: ALOE-1, 2, 3 and 7 of the specification, sparse rewards, returns of data."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import sim
+from trajectory_store import Episode, Outcome, Source, Store, StoreWriter, Tick
+from trajectory_store.contract import load_contract
 from vla_post.critics.returns import (
     RewardConfig,
+    Unrewarded,
     chunk_return,
     monte_carlo_return,
+    require_outcomes,
+    require_rewards,
     sparse_rewards,
     td_target,
 )
@@ -118,3 +126,60 @@ def test_bounds_hold_every_return():
 def test_rewards_that_make_no_sense_are_refused(wrong: dict[str, float]):
     with pytest.raises(ValueError, match=r"discount|time_cost|failure"):
         RewardConfig(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def recorded(path: Path, *, rewarded: bool) -> Store:
+    """Four episodes of 6 steps: a success, a failure and two that nobody labelled. The reward is 0,
+    but for the very last step if `rewarded`."""
+    contract = load_contract(sim.CONTRACTS / "metaworld_state.yaml")
+    with StoreWriter.create_or_open(path, contract) as writer:
+        ends = (Outcome.SUCCESS, Outcome.FAILURE, Outcome.ABORTED, Outcome.INTERRUPTED)
+        for number, outcome in enumerate(ends):
+            writer.begin_episode("reach")
+            for k in range(6):
+                writer.append(
+                    Tick(
+                        observation={
+                            key: np.zeros(f.shape, np.float32)
+                            for key, f in contract.vectors.items()
+                        },
+                        action=np.zeros(4, np.float32),
+                        source=Source.POLICY,
+                        reward=float(rewarded and (number, k) == (3, 5)),
+                        stamp_ns=k * contract.dt_ns,
+                    )
+                )
+            writer.end_episode(outcome)
+    return Store(path)
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return recorded(tmp_path_factory.mktemp("buffer") / "store", rewarded=True)
+
+
+@pytest.mark.parametrize(
+    ("which", "chunk", "message"),
+    [
+        ([2, 3], 4, "0 successes and 0 failures: nothing says what was good"),
+        ([0, 2], 4, "1 successes and 0 failures. .* end in failure"),
+        ([1, 2], 4, "0 successes and 1 failures. .* end in success"),
+        ([], 4, "0 episodes hold 0 successes"),
+        ([0, 1], 8, "longest of 6 steps, and the critic judges chunks of 8"),
+    ],
+)
+def test_a_buffer_that_says_nothing_of_value_is_refused(
+    buffer: Store, which: list[int], chunk: int, message: str
+):
+    episodes: list[Episode] = [buffer.episodes[k] for k in which]
+    with pytest.raises(Unrewarded, match=message):
+        require_outcomes(episodes, chunk)
+    require_outcomes(buffer.episodes, 6)
+
+
+def test_recorded_rewards_must_differ_somewhere(buffer: Store, tmp_path: Path):
+    with pytest.raises(Unrewarded, match="4 episodes are 0 at every step"):
+        require_rewards([recorded(tmp_path / "store", rewarded=False)])
+    require_rewards([buffer])
+    with pytest.raises(Unrewarded, match="0 episodes are not there"):
+        require_rewards([])
