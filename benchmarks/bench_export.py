@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_export.py --policies pi0_tiny:5:10 --budget-s 3600
 
 The ways of one policy are measured in turns, one chunk each, so that other load on the machine hits
-them alike: ratios of medians of one run are comparable, bare times say more about the machine.
+them alike: ratios of medians of one run are comparable, bare times say more about the machine. Then
+each runs by itself (`alone`): its caches are warm, as on a robot that runs nothing else.
 Memory is the peak of a fresh process that loads the policy and makes a few chunks. Policies have
 random weights: the speed does not depend on them. What the budget has no time for is listed at the
 end. Writes one Markdown table to stdout, progress to stderr.
@@ -54,6 +55,7 @@ print(int(status["VmHWM"].split()[0]) / 1024)
 """
 HEAD = (
     *("policy", "steps", "way", "p50 ms", "p99 ms", "chunks/s", "x eager"),
+    *("alone p50 ms", "x eager alone"),
     *("export s", "file MB", "process MB", "max error"),
 )
 
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--budget-s", type=float, default=540.0)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--keep", type=Path, help="folder for the exports, which are else deleted")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -91,9 +94,12 @@ def main() -> None:
             continue
         print(f"{kind} ...", file=sys.stderr, flush=True)
         try:
-            rows += measure(
-                kind, [int(n) for n in numbers], options.repeats, end, not options.no_compile
-            )
+            with tempfile.TemporaryDirectory(prefix="bench_export_") as temporary:
+                folder = Path(temporary) if options.keep is None else options.keep / kind
+                folder.mkdir(parents=True, exist_ok=True)
+                steps = [int(n) for n in numbers]
+                compiled = not options.no_compile
+                rows += measure(kind, steps, options.repeats, end, compiled, folder)
         except Exception as error:  # one policy that does not export must not hide the others
             left_out.append(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
@@ -107,7 +113,7 @@ def main() -> None:
 
 
 def measure(
-    kind: str, numbers: list[int], repeats: int, end: float, compiled: bool
+    kind: str, numbers: list[int], repeats: int, end: float, compiled: bool, folder: Path
 ) -> list[list[str]]:
     """Rows of the table for one policy."""
     import torch
@@ -118,59 +124,61 @@ def measure(
 
     torch.set_num_threads(1)
     rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory(prefix="bench_export_") as temporary:
-        folder = Path(temporary)
-        checkpoint, probes = make_policy(kind, folder / "checkpoint")
-        np.savez(folder / "probe.npz", allow_pickle=False, **probes[0][0])
-        eager = TorchPolicy(checkpoint)
-        memory: dict[Path, str] = {}
+    checkpoint, probes = make_policy(kind, folder / "checkpoint")
+    np.savez(folder / "probe.npz", allow_pickle=False, **probes[0][0])
+    eager = TorchPolicy(checkpoint)
+    memory: dict[Path, str] = {}
 
-        def ask(policy: Any) -> Callable[[int], Any]:
-            return lambda seed: policy.act(*probes[seed % len(probes)], seed)
+    def ask(policy: Any) -> Callable[[int], Any]:
+        return lambda seed: policy.act(*probes[seed % len(probes)], seed)
 
-        def peak_mb(path: Path) -> str:
-            if path not in memory:
-                words = [sys.executable, "-c", MEMORY, str(path), str(folder / "probe.npz")]
-                done = subprocess.run([*words, probes[0][1]], capture_output=True, text=True)
-                memory[path] = f"{float(done.stdout.split()[-1]):.0f}" if done.stdout else "?"
-            return memory[path]
+    def peak_mb(path: Path) -> str:
+        if path not in memory:
+            words = [sys.executable, "-c", MEMORY, str(path), str(folder / "probe.npz")]
+            done = subprocess.run([*words, probes[0][1]], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{path.name}: no memory figure: {done.stderr[-500:]}", file=sys.stderr)
+            memory[path] = "?" if done.returncode else f"{float(done.stdout.split()[-1]):.0f}"
+        return memory[path]
 
-        for steps in numbers:
-            eager.policy.head.denoising_steps = steps
-            ways = {"PyTorch eager": Way(ask(eager), checkpoint)}
-            layouts = ["unrolled"] if steps == numbers[0] else []
-            if eager.takes_previous:
-                layouts.append("steps")
-            for layout in layouts:
-                place = folder / f"{layout}{steps}"
-                config = ExportConfig(layout=layout, denoising_steps=steps)  # type: ignore[arg-type]
-                report = export_policy(checkpoint, place, probes, config)
-                for threads in (1, 2):
-                    way = Way(
-                        ask(OnnxPolicy(place, threads=threads)), place,
-                        report.export_s, report.file_mb, report.parity.max_error,
-                    )  # fmt: skip
-                    ways[f"ONNX Runtime {layout}, {threads} thread{'s' * (threads > 1)}"] = way
-            if compiled and steps == numbers[0] and end - time.monotonic() > 90.0:
-                try:
-                    ways["torch.compile"] = Way(compile_policy(checkpoint, steps, ask), checkpoint)
-                except Exception as error:  # no compiler, or a graph that it does not take
-                    print(f"{kind}: torch.compile: {type(error).__name__}: {str(error)[:200]}",
-                          file=sys.stderr)  # fmt: skip
-            times = time_in_turns(ways, repeats, end)
-            base = float(np.median(times["PyTorch eager"]))
-            for name, way in ways.items():
-                p50, p99 = np.quantile(times[name], [0.5, 0.99])
-                rows.append(
-                    [
-                        *(kind, str(steps), name, f"{p50 * 1e3:.2f}", f"{p99 * 1e3:.2f}"),
-                        *(f"{1 / times[name].mean():.0f}", f"{base / p50:.1f}"),
-                        "" if way.export_s is None else f"{way.export_s:.0f}",
-                        "" if way.file_mb is None else f"{way.file_mb:.1f}",
-                        "" if name == "torch.compile" else peak_mb(way.path),
-                        "" if way.max_error is None else f"{way.max_error:.1g}",
-                    ]
-                )
+    for steps in numbers:
+        eager.policy.head.denoising_steps = steps
+        ways = {"PyTorch eager": Way(ask(eager), checkpoint)}
+        layouts = ["unrolled"] if steps == numbers[0] else []
+        if eager.takes_previous:
+            layouts.append("steps")
+        for layout in layouts:
+            place = folder / f"{layout}{steps}"
+            config = ExportConfig(layout=layout, denoising_steps=steps)  # type: ignore[arg-type]
+            report = export_policy(checkpoint, place, probes, config)
+            for threads in (1, 2):
+                way = Way(
+                    ask(OnnxPolicy(place, threads=threads)), place,
+                    report.export_s, report.file_mb, report.parity.max_error,
+                )  # fmt: skip
+                ways[f"ONNX Runtime {layout}, {threads} thread{'s' * (threads > 1)}"] = way
+        if compiled and steps == numbers[0] and end - time.monotonic() > 90.0:
+            try:
+                ways["torch.compile"] = Way(compile_policy(checkpoint, steps, ask), checkpoint)
+            except Exception as error:  # no compiler, or a graph that it does not take
+                print(f"{kind}: torch.compile: {type(error).__name__}: {str(error)[:200]}",
+                      file=sys.stderr)  # fmt: skip
+        times = time_in_turns(ways, repeats, end)
+        alone = {name: median_alone(way, repeats) for name, way in ways.items()}
+        base = float(np.median(times["PyTorch eager"]))
+        for name, way in ways.items():
+            p50, p99 = np.quantile(times[name], [0.5, 0.99])
+            rows.append(
+                [
+                    *(kind, str(steps), name, f"{p50 * 1e3:.2f}", f"{p99 * 1e3:.2f}"),
+                    *(f"{1 / times[name].mean():.0f}", f"{base / p50:.1f}"),
+                    *(f"{alone[name] * 1e3:.2f}", f"{alone['PyTorch eager'] / alone[name]:.1f}"),
+                    "" if way.export_s is None else f"{way.export_s:.0f}",
+                    "" if way.file_mb is None else f"{way.file_mb:.1f}",
+                    "" if name == "torch.compile" else peak_mb(way.path),
+                    "" if way.max_error is None else f"{way.max_error:.1g}",
+                ]
+            )
     return rows
 
 
@@ -188,6 +196,17 @@ def time_in_turns(ways: dict[str, Way], repeats: int, end: float) -> dict[str, n
         if repeat >= 0:
             rounds.append(row)
     return dict(zip(ways, np.array(rounds).T, strict=True))
+
+
+def median_alone(way: Way, repeats: int) -> float:
+    """Seconds of a chunk when nothing else runs in between."""
+    times: list[float] = []
+    for repeat in range(-3, repeats):
+        started = time.perf_counter()
+        way.act(repeat % 1000)
+        if repeat >= 0:
+            times.append(time.perf_counter() - started)
+    return float(np.median(times))
 
 
 def make_policy(kind: str, folder: Path) -> tuple[Path, list[tuple[dict[str, np.ndarray], str]]]:

@@ -52,11 +52,12 @@ from vla_post.export.graph import (
     is_flow,
 )
 from vla_post.export.onnx_policy import OnnxPolicy
-from vla_post.export.parity import Probe, compare, first_deviation
+from vla_post.export.parity import Probe, compare, first_deviation, run_graph
 from vla_post.export.passes import simplify
 from vla_post.export.precision import change_precision
 from vla_post.export.rewrite import rewritten
 from vla_post.export.runtime import TorchPolicy
+from vla_post.export.split import DATA_SUFFIX, save, settle_context
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 
 OPSET = 20
@@ -165,7 +166,9 @@ def export_policy(
         folder / EXAMPLE_FILE,
     )
     card = _card(runtime, tokens, config, _bound(policy, config))
-    files = (*card.graphs, EXAMPLE_FILE)
+    beside = (f"{name}{DATA_SUFFIX}" for name in card.graphs)  # weights of graphs near 2 GB
+    parts = (*card.graphs, *(name for name in beside if (folder / name).is_file()))
+    files = (*parts, EXAMPLE_FILE)
     card = card.model_copy(update={"files": hashes(folder, files)})
     write_policy_card(folder, card)
     try:
@@ -190,7 +193,7 @@ def export_policy(
         folder=folder,
         card=card,
         export_s=export_s,
-        file_mb=sum((folder / name).stat().st_size for name in card.graphs) / 1e6,
+        file_mb=sum((folder / name).stat().st_size for name in parts) / 1e6,
     )
 
 
@@ -230,7 +233,7 @@ def _trace(
         ENCODER_FILE: _export(encoder, seen, list(parts), folder / ENCODER_FILE, config),
         STEP_FILE: _export(step, step_inputs, [X_NEXT, ACTION], folder / STEP_FILE, config),
     }
-    _drop_unused(folder / ENCODER_FILE, folder / STEP_FILE)
+    settle_context(folder / ENCODER_FILE, folder / STEP_FILE)
     return programs
 
 
@@ -263,7 +266,7 @@ def _export(
             model = simplify(program)
             if config.dynamic_batch:
                 _require_dynamic(model)
-            onnx.save(model, path, **_beside(model, path))
+            save(model, path)
             return program.exported_program
     except Exception as error:
         log.debug("torch.onnx.export said: %s", chatter.getvalue())
@@ -286,37 +289,6 @@ def _require_dynamic(model: onnx.ModelProto) -> None:
                 f"the policy's code makes the batch size a constant ({value.name} has "
                 f"{size.dim_value}); export with static shapes"
             )
-
-
-def _beside(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
-    """ONNX files end at 2 GB; larger weights go to a file beside."""
-    if model.ByteSize() < 1_800_000_000:
-        return {}
-    return {"save_as_external_data": True, "location": f"{path.name}.data", "size_threshold": 1024}
-
-
-def _drop_unused(encoder: Path, step: Path) -> None:
-    """Leaves out what the encoder computes for others than the step (features for critics, say)."""
-    first, second = onnx.load(encoder), onnx.load(step)
-    used = {name for node in second.graph.node for name in node.input}
-    unused = {i.name for i in second.graph.input if i.name.startswith("context")} - used
-    for model, values in ((first, first.graph.output), (second, second.graph.input)):
-        kept = [v for v in values if v.name not in unused]
-        del values[:]
-        values.extend(kept)
-        needed = {v.name for v in model.graph.output}
-        nodes: list[onnx.NodeProto] = []
-        for node in reversed(model.graph.node):
-            if needed.intersection(node.output):
-                needed.update(node.input)
-                nodes.append(node)
-        del model.graph.node[:]
-        model.graph.node.extend(reversed(nodes))
-        weights = [i for i in model.graph.initializer if i.name in needed]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(weights)
-    onnx.save(first, encoder, **_beside(first, encoder))
-    onnx.save(second, step, **_beside(second, step))
 
 
 # Language ---------------------------------------------------------------------------------------
@@ -440,10 +412,12 @@ def _deviations(
             TIME: np.zeros(1, np.float32),
             DT: np.full(1, 1.0 / int(policy.head.denoising_steps), np.float32),
         }
-    found = {
-        name: first_deviation(program, folder / name, given[name])
-        for name, program in programs.items()
-    }
+    found: dict[str, Any] = {}
+    settled: dict[str, np.ndarray] = {}
+    for name, program in programs.items():
+        found[name] = first_deviation(program, folder / name, given[name], more=settled)
+        if name == ENCODER_FILE:
+            settled = run_graph(folder / name, given[name])
     return {name: deviation for name, deviation in found.items() if deviation is not None}
 
 
@@ -491,15 +465,19 @@ def _card(
 
 
 def _latency_ms(
-    reference: TorchPolicy, exported: OnnxPolicy, probes: Sequence[Probe], repeats: int = 20
+    reference: TorchPolicy, exported: OnnxPolicy, probes: Sequence[Probe]
 ) -> dict[str, float]:
-    """Medians of both, measured in turn so that other load on the machine hits them alike."""
-    times = np.zeros((2, repeats))
+    """Medians of both, measured in turn so that other load on the machine hits them alike: twenty
+    turns, or as many as ten seconds hold and at least three."""
+    times: list[list[float]] = []
     observation, instruction = probes[0]
-    for repeat in range(repeats):
-        for row, policy in enumerate((reference, exported)):
+    end = time.perf_counter() + 10.0
+    while len(times) < 20 and (len(times) < 3 or time.perf_counter() < end):
+        turn: list[float] = []
+        for policy in (reference, exported):
             started = time.perf_counter()
-            policy.act(observation, instruction, repeat)
-            times[row, repeat] = time.perf_counter() - started
-    torch_ms, onnx_ms = np.median(times, axis=1) * 1e3
+            policy.act(observation, instruction, len(times))
+            turn.append(time.perf_counter() - started)
+        times.append(turn)
+    torch_ms, onnx_ms = np.median(times, axis=0) * 1e3
     return {"torch": float(torch_ms), "onnx": float(onnx_ms)}

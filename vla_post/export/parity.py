@@ -75,20 +75,20 @@ def first_deviation(
     file: Path,
     feeds: Mapping[str, np.ndarray],
     *,
+    more: Mapping[str, np.ndarray] | None = None,
     tolerance: float = 1e-3,
 ) -> Deviation | None:
     """The first value, in the order of the graph, that is off by more than a share of its size.
 
     Args:
         program: what PyTorch traced: values of the file carry its names.
-        feeds: the graph's inputs, in its order.
+        feeds: the program's inputs, in its order.
+        more: inputs of the file that the program does not have.
         tolerance: share of the value's largest magnitude.
 
     Returns:
         None if no value that both graphs name differs so much.
     """
-    import onnxruntime
-
     wanted = _values(program, feeds)
     model = onnx.load(file)
     nodes = {name: node for node in model.graph.node for name in node.output if name in wanted}
@@ -100,13 +100,7 @@ def first_deviation(
     for name in names:
         if name not in present:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kinds[name], None))
-    options: Any = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session: Any = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    takes = {i.name for i in session.get_inputs()}
-    found = session.run(names, {k: v for k, v in feeds.items() if k in takes})
+    found = _run(model.SerializeToString(), names, {**feeds, **(more or {})})
     for name, value in zip(names, found, strict=True):
         expected = wanted[name]
         if expected.shape != value.shape or expected.size == 0:
@@ -125,6 +119,24 @@ def first_deviation(
                 layer=layer_of(node), value=name, operator=node.op_type, error=error, scale=scale
             )
     return None
+
+
+def run_graph(file: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a file in ONNX Runtime; feeds that it does not take are left out."""
+    names = [o.name for o in onnx.load(file, load_external_data=False).graph.output]
+    return dict(zip(names, _run(str(file), names, feeds), strict=True))
+
+
+def _run(
+    model: bytes | str, names: Sequence[str], feeds: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    import onnxruntime
+
+    options: Any = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    takes = {i.name for i in session.get_inputs()}
+    return session.run(list(names), {k: v for k, v in feeds.items() if k in takes})
 
 
 def _values(

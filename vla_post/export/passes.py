@@ -1,5 +1,6 @@
 """What is done to a traced graph before it is written: smaller, without paths, 32-bit integers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +12,29 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def simplify(program: Any) -> onnx.ModelProto:
-    """Merges equal sub-expressions, drops unused nodes and the tracer's notes, narrows int64.
+    """Folds constants, merges equals, drops unused nodes and the tracer's notes, narrows int64.
 
     Args:
         program: what `torch.onnx.export` returned. Its notes hold source lines and paths of this
             machine; of them only the layer's name stays (`layer_of`).
     """
+    import onnx_ir
     from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
 
+    # The tracer turns small weights round anew for every denoising step and leaves large ones to
+    # the runtime; equal constants must be one before equal sub-expressions can be.
+    largest = 1 << 30
+    fold_constants(program.model, input_size_limit=largest, output_size_limit=largest)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
+    for value in program.model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:  # turned round by the folding; hashing wants plain memory
+            value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
+    common.DeduplicateHashedInitializersPass(size_limit=largest)(program.model)
     common.CommonSubexpressionEliminationPass()(program.model)
     common.RemoveUnusedNodesPass()(program.model)
-    model = program.model_proto
+    model = join_products(program.model_proto)
     for node in model.graph.node:
         scopes = [p.value for p in node.metadata_props if p.key == _SCOPES]
         node.doc_string = ""
@@ -44,6 +57,42 @@ def layer_of(node: onnx.NodeProto) -> str:
             scopes = [s for s in prop.value.strip("[]").replace("'", "").split(", ") if s]
             return scopes[-2] if len(scopes) > 1 else ""
     return ""
+
+
+def join_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """[x A, x B, ...] side by side becomes x [A, B, ...]: queries, keys and values at once."""
+    graph = model.graph
+    weights = {i.name: i for i in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
+    uses = Counter(name for node in graph.node for name in node.input)
+    gone: set[str] = set()
+    for node in graph.node:
+        parts = [made.get(name) for name in node.input]
+        if node.op_type != "Concat" or not all(
+            part is not None
+            and part.op_type == "MatMul"
+            and part.input[1] in weights
+            and len(weights[part.input[1]].dims) == 2
+            and uses[part.output[0]] == 1
+            for part in parts
+        ):
+            continue
+        products = [part for part in parts if part is not None]
+        (axis,) = (a.i for a in node.attribute if a.name == "axis")
+        if len({part.input[0] for part in products}) > 1 or axis not in (-1, 2):
+            continue
+        joined = np.concatenate(
+            [numpy_helper.to_array(weights[part.input[1]]) for part in products], axis=1
+        )
+        name = f"{node.output[0]}_weight"
+        graph.initializer.append(numpy_helper.from_array(joined, name))
+        gone.update(part.output[0] for part in products)
+        node.op_type, node.input[:] = "MatMul", [products[0].input[0], name]
+        del node.attribute[:]
+    kept = [node for node in graph.node if not gone.intersection(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return model
 
 
 def narrow_int64(model: onnx.ModelProto) -> onnx.ModelProto:

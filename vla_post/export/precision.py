@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import TopologicalSortPass
 
 from vla_post.export.card import ENCODER_FILE, STEP_FILE, Precision
+from vla_post.export.split import save
 
 SMALLEST = 256
 """Weights with fewer numbers stay as they are: nothing is gained."""
@@ -47,7 +48,7 @@ def change_precision(
         "int8": _int8_weights,
     }[precision]
     for name in graphs:
-        onnx.save(change(onnx.load(folder / name)), folder / name)
+        save(change(onnx.load(folder / name)), folder / name)
 
 
 def _half(model: onnx.ModelProto) -> onnx.ModelProto:
