@@ -11,7 +11,7 @@ pytest.importorskip("playwright")
 
 from ..test_flow_runner import flow_checkpoint
 from .operator_page import CELL
-from .testbed import Testbed, arm, stepping, until
+from .testbed import DEADLINE_S, Testbed, arm, stepping, until
 
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(600)]
 PAINTED = """(label) => {
@@ -34,6 +34,12 @@ def testbed(tmp_path_factory: Any):
     runner = {"insight_every": 1, "inference_timeout_s": 60.0}
     folder = tmp_path_factory.mktemp("versions")
     with Testbed(folder, [arm(), stepping()], make=make, up=1, runner=runner) as running:
+        with running.client() as client:
+
+            def version() -> int | None:
+                return client.get(f"/api/cells/{CELL}").json().get("policy", {}).get("version")
+
+            until(lambda: version() == 3, "PyTorch and the policy", 4 * DEADLINE_S)
         yield running
 
 
