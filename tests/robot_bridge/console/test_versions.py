@@ -13,7 +13,7 @@ from ..test_flow_runner import flow_checkpoint
 from .operator_page import CELL
 from .testbed import DEADLINE_S, Testbed, arm, stepping, until
 
-pytestmark = [pytest.mark.ros, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ros, pytest.mark.long, pytest.mark.timeout(600)]
 PAINTED = """(label) => {
     const canvas = document.querySelector(`canvas[aria-label="${label}"]`);
     const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
