@@ -34,6 +34,7 @@ from vla_post.learners.transition_math import (
     candidate_logits,
     controlled,
     gathered,
+    pool_size,
     rank_loss,
     score_level,
     transition_score,
@@ -82,8 +83,8 @@ class ScorerNet(nn.Module):
         config, (size, steps) = self.config, action.shape[:2]
         if not config.belief_tokens:
             flat = action.flatten(1).expand(SCORERS, -1, -1)
-            return nn.functional.gelu(self.whole(flat)), action.new_zeros(())
-        said = nn.functional.gelu(self.step(action.flatten(0, 1).expand(SCORERS, -1, -1)))
+            return torch.relu(self.whole(flat)), action.new_zeros(())
+        said = torch.relu(self.step(action.flatten(0, 1).expand(SCORERS, -1, -1)))
         said = said.unflatten(1, (size, steps)) + self.order
         context = self._normal(features)[None, :, None].expand(SCORERS, -1, steps, -1)
         fused = torch.tanh(self.fuse(torch.cat([context, said], dim=3).flatten(1, 2)))
@@ -98,7 +99,7 @@ class ScorerNet(nn.Module):
         self, features: Float[Tensor, "B F"], summary: Float[Tensor, "K B E"]
     ) -> Float[Tensor, "K B F"]:
         context = self._normal(features).expand(SCORERS, -1, -1)
-        hidden = nn.functional.gelu(self.hidden(torch.cat([context, summary], dim=2)))
+        hidden = torch.relu(self.hidden(torch.cat([context, summary], dim=2)))
         return unit(self.out(hidden))
 
     @staticmethod
@@ -114,12 +115,16 @@ class Scores:
     """T, in nats above chance; 0 where the future is not known."""
     weight: Float[Tensor, " B"]
     has_future: Bool[Tensor, " B"]
-    recognised: Bool[Tensor, " B"]
-    """No other candidate looks more likely."""
     pool: Integer[Tensor, " B"]
     """Candidates, the own one included."""
     level: float
     """The score whose weight is the mean of the batch's, before clipping."""
+    logits: Float[Tensor, "B C"]
+
+    @property
+    def recognised(self) -> Bool[Tensor, " B"]:
+        """No other candidate looks more likely."""
+        return self.logits.argmax(dim=1) == 0
 
 
 class TransitionScorer(nn.Module):
@@ -235,7 +240,7 @@ class TransitionScorer(nn.Module):
         others, there = self._pool(target, known, draws)
         logits = candidate_logits(guess, target, others, there, temperature)
         score, _ = transition_score(logits)
-        pool = logits.isfinite().sum(dim=1)
+        pool = pool_size(logits)
         # Nothing is known of a chunk without a rival, or by a scorer that nothing has taught.
         sure = known & (pool > 1) & (self.get_buffer("taught")[judge] > 0)
         score = torch.where(sure, score, 0.0)
@@ -245,7 +250,7 @@ class TransitionScorer(nn.Module):
             seen, *_, total = self.get_buffer("averages").tolist()
             centre = total / seen if seen else level
         weight = transition_weight(score, sure, beta=beta, config=self.config, centre=centre)
-        return Scores(score, weight, known, logits.argmax(dim=1) == 0, pool, level)
+        return Scores(score, weight, known, pool, level, logits)
 
     def _lesson(
         self, batch: Batch, present: Float[Tensor, "B F"], target: Float[Tensor, "B F"]
@@ -258,11 +263,10 @@ class TransitionScorer(nn.Module):
         guess = self._of(self.net.guess(present, summary), mine)
         hard = round(share * config.queue_draws)
         others, there = self._pool(target, known, config.queue_draws - hard)
-        logits = candidate_logits(guess, target, others, there, temperature)
         if hard:
             more, close = self._hard(batch, present, hard)
-            rivals = candidate_logits(guess, target, more, close, temperature)
-            logits = torch.cat([logits, rivals[:, 1:]], dim=1)
+            others, there = torch.cat([others, more]), torch.cat([there, close], dim=1)
+        logits = candidate_logits(guess, target, others, there, temperature)
         _, log_p = transition_score(logits)
         # Another item's chunk in place of the own one.
         shuffled = summary[:, torch.randperm(len(target), device=target.device)]
@@ -328,25 +332,28 @@ class TransitionScorer(nn.Module):
     ) -> tuple[Float[Tensor, "N F"], Bool[Tensor, "B N"]]:
         """Futures to tell the own one from, and which of them count for which item: the rest of the
         batch, other ranks, and so many of the queue."""
-        queue, filled = self.get_buffer("queue"), self.get_buffer("queue_task") >= 0
-        drawn = torch.randperm(len(queue), device=queue.device)[:draws]
         elsewhere, there = gathered(target, known)
-        present = torch.cat([known, there, filled[drawn]])[None].repeat(len(target), 1)
-        present[:, : len(target)].fill_diagonal_(False)
-        return torch.cat([target, elsewhere, queue[drawn]]), present
+        pool, present = [target, elsewhere], [known, there]
+        if draws:
+            queue = self.get_buffer("queue")
+            drawn = torch.randperm(len(queue), device=queue.device)[:draws]
+            pool.append(queue[drawn])
+            present.append(self.get_buffer("queue_task")[drawn] >= 0)
+        there = torch.cat(present).repeat(len(target), 1)
+        there.fill_diagonal_(False)
+        return torch.cat(pool), there
 
     def _hard(
         self, batch: Batch, present: Float[Tensor, "B F"], count: int
-    ) -> tuple[Float[Tensor, "B N F"], Bool[Tensor, "B N"]]:
-        """The rule: of some of the queue, those of the same task whose present looked most like
-        ours."""
+    ) -> tuple[Float[Tensor, "N F"], Bool[Tensor, "B N"]]:
+        """Some of the queue, and which of them count for which item. The rule: so many of the same
+        task whose present looked most like the item's."""
         queue = self.get_buffer("queue")
         some = torch.randperm(len(queue), device=queue.device)[: HARD_AMONG * count]
         alike = unit(present) @ self.get_buffer("queue_present")[some].T
         other = self.get_buffer("queue_task")[some][None] != batch.task[:, None]
-        alike = alike.masked_fill(other, -torch.inf)
-        close, place = alike.topk(min(count, len(some)), dim=1, sorted=False)
-        return queue[some[place]], close.isfinite()
+        close = alike.masked_fill_(other, -torch.inf).topk(min(count, len(some)), dim=1).indices
+        return queue[some], torch.zeros_like(other).scatter_(1, close, True) & ~other
 
     @torch.no_grad()
     def _push(self, target: Tensor, present: Tensor, task: Tensor, known: Tensor) -> None:

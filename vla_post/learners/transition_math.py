@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 SAME = 1.0 - 1e-5
@@ -102,7 +102,7 @@ class TransitionConfig:
 def candidate_logits(
     guess: Float[Tensor, "B D"],
     own: Float[Tensor, "B D"],
-    others: Float[Tensor, "B N D"] | Float[Tensor, "N D"],
+    others: Float[Tensor, "N D"],
     present: Bool[Tensor, "B N"],
     temperature: Float[Tensor, ""] | float,
 ) -> Float[Tensor, "B C"]:
@@ -114,13 +114,10 @@ def candidate_logits(
     Args:
         guess, own, others: unit vectors, or zero vectors.
     """
-    one_pool = others.ndim == 2
-    said = guess @ others.T if one_pool else torch.einsum("bd,bnd->bn", guess, others)
-    alike = own @ others.T if one_pool else torch.einsum("bd,bnd->bn", own, others)
-    mine = (guess * own).sum(dim=1, keepdim=True)
+    mine, said = (guess * own).sum(dim=1, keepdim=True), guess @ others.T
     logits = (torch.cat([mine, said], dim=1) / temperature).clamp(-20.0, 20.0)
-    keep = torch.cat([torch.ones_like(present[:, :1]), present & (alike < SAME)], dim=1)
-    return logits.masked_fill(~keep, -torch.inf)
+    logits[:, 1:].masked_fill_(~present | (own @ others.T >= SAME), -torch.inf)
+    return logits
 
 
 def transition_score(
@@ -131,8 +128,12 @@ def transition_score(
     Alone in its pool, a target is recognised for sure and by chance alike: T = 0.
     """
     log_p = logits.log_softmax(dim=1)[:, 0]
-    size = logits.isfinite().sum(dim=1)
-    return log_p + size.to(log_p).log(), log_p
+    return log_p + pool_size(logits).to(log_p).log(), log_p
+
+
+def pool_size(logits: Float[Tensor, "B C"]) -> Integer[Tensor, " B"]:
+    """Candidates of each item, the own one included."""
+    return (logits > -torch.inf).sum(dim=1)
 
 
 def transition_weight(
@@ -157,11 +158,8 @@ def transition_weight(
 
 def score_level(score: Float[Tensor, " B"], sure: Bool[Tensor, " B"], *, beta: float) -> float:
     """beta log mean exp(T / beta) over the chunks that are judged; 0 where there are none."""
-    count = int(sure.sum())
-    if count == 0:
-        return 0.0
-    spread = (score / beta).masked_fill(~sure, -torch.inf).logsumexp(dim=0)
-    return beta * (float(spread) - math.log(count))
+    mean = float((score / beta).exp()[sure].mean())
+    return beta * math.log(mean) if mean > 0 else 0.0
 
 
 def rank_loss(matched: Float[Tensor, " B"], permuted: Float[Tensor, " B"]) -> Float[Tensor, " B"]:

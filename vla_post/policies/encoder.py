@@ -1,8 +1,9 @@
 """A policy's own encoder of an observation, as a module that can be copied and averaged.
 
-SmolVLA's vision tower, the state's first layer in a `chunk_flow` without cameras, else everything
-that the policy computes from an observation alone. Scorers of transitions look through it, so it
-does not see the instruction where that can be left out. B batch, F feature size.
+The first half of SmolVLA's vision tower (PTR takes 12 of 24 layers), the state's first layer in a
+`chunk_flow` without cameras, else everything that the policy computes from an observation alone.
+Scorers of transitions look through it, so it does not see the instruction where that can be left
+out. B batch, F feature size.
 """
 
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def observation_encoder(policy: "LeRobotPolicy") -> ObservationEncoder:
             return module.prepare_images(inputs(observation, instruction))[0]
 
         vlm = module.model.vlm_with_expert.get_vlm_model()
-        return ObservationEncoder(vlm.vision_model, images, _mean_patch)
+        return ObservationEncoder(_lower_half(vlm.vision_model), images, _mean_patch)
 
     def whole(tower: Any, given: dict[str, Any]) -> Tensor:
         head = make_head(tower)
@@ -79,9 +80,24 @@ def observation_encoder(policy: "LeRobotPolicy") -> ObservationEncoder:
 
 
 def _first_layer(layer: Any, vectors: Tensor) -> Tensor:
-    """The part of `chunk_flow`'s first layer that sees the state, without instruction and chunk."""
-    weight = layer.weight[:, : vectors.shape[1]]
-    return nn.functional.gelu(nn.functional.linear(vectors, weight, layer.bias))
+    """The part of `chunk_flow`'s first layer that sees the state, without instruction and chunk.
+
+    Half of its units: no unit is special, and so many still tell every state apart.
+    """
+    units = layer.out_features // 2
+    seen = nn.functional.linear(vectors, layer.weight[:units, : vectors.shape[1]])
+    return nn.functional.gelu(seen + layer.bias[:units])
+
+
+def _lower_half(tower: Any) -> Any:
+    """The first half of a vision tower's layers, with the tower's own weights."""
+    config = deepcopy(tower.config)
+    config.num_hidden_layers = max(config.num_hidden_layers // 2, 1)
+    with torch.device("meta"):
+        half = type(tower)(config)
+    half.embeddings, half.post_layernorm = tower.embeddings, tower.post_layernorm
+    half.encoder.layers = tower.encoder.layers[: config.num_hidden_layers]
+    return half
 
 
 def _mean_patch(tower: Any, images: list[Tensor]) -> Tensor:

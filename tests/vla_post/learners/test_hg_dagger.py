@@ -49,11 +49,11 @@ class Mean(nn.Module):
         count = batch.valid.sum(dim=1).clamp(min=1)
         return torch.where(batch.valid, error, 0.0).sum(dim=1) / count
 
-    def act(self, *_: Any, **__: Any) -> Tensor:
-        raise NotImplementedError
+    def act(self, observation: Any, instruction: list[str], n_samples: int = 1, **_: Any) -> Tensor:
+        return self.chunk.expand(len(instruction), n_samples, -1, -1)
 
-    def features(self, *_: Any) -> Tensor:
-        raise NotImplementedError
+    def features(self, observation: Any, instruction: list[str]) -> Tensor:
+        return self.chunk.flatten().expand(len(instruction), -1)
 
 
 def batch(action: Tensor, source: Tensor) -> Batch:
