@@ -4,6 +4,7 @@ K policies, N starts, S state size. Equations U9 and U10.
 """
 
 from dataclasses import dataclass, field
+from statistics import StatisticsError, correlation
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -166,12 +167,11 @@ def accepted(
 
 
 def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
-    """Spearman's, ties ranked in order of appearance; 0 for fewer than two."""
-    if len(a) < 2:
+    """Spearman's; 0 where there is none: fewer than two values, or all of them alike."""
+    try:
+        return correlation(a.tolist(), b.tolist(), method="ranked")
+    except StatisticsError:
         return 0.0
-    ranks = torch.stack([v.argsort(stable=True).argsort().float() for v in (a, b)])
-    ranks = ranks - ranks.mean(dim=1, keepdim=True)
-    return float((ranks[0] * ranks[1]).sum() / (ranks[0].norm() * ranks[1].norm()))
 
 
 def gate_metrics(result: AmQ, best: Float[Tensor, " K"], taken: Bool[Tensor, " K"]) -> Metrics:

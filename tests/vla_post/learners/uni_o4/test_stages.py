@@ -295,6 +295,7 @@ def test_the_gate_is_strict():
     up, down = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([2.0, 9.0, 4.0])
     assert rank_correlation(up, down) == pytest.approx(1.0)
     assert rank_correlation(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])) == pytest.approx(-1)
+    assert rank_correlation(torch.ones(3), up) == rank_correlation(up[:1], up[:1]) == 0.0
 
 
 def test_a_refused_member_keeps_changing_while_its_old_policy_does_not():
