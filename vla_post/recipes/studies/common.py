@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -82,21 +83,44 @@ def train(
 
 
 class Results:
-    """A JSON-lines file; a run that was cut short goes on where it stopped."""
+    """A JSON-lines file; a run that was cut short goes on where it stopped.
 
-    def __init__(self, path: Path, key: Sequence[str]) -> None:
-        self.path, self.key = path, tuple(key)
+    Args:
+        settings: of the whole study; each row keeps them, so that rows of others never mix in.
+
+    Raises:
+        ValueError: the file's rows were measured with other settings.
+    """
+
+    def __init__(
+        self, path: Path, key: Sequence[str], settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.key, self.settings = path, tuple(key), dict(settings or {})
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read_rows(path)
+        for row in self.rows if self.settings else []:
+            for name, ours in self.settings.items():
+                theirs = row.get("settings", {}).get(name)
+                if theirs != ours:
+                    raise ValueError(
+                        f"{path}: its rows have {name} {theirs}, this run has {ours}; give the "
+                        "same settings, or another file as --out"
+                    )
 
     def has(self, **values: Any) -> bool:
         return any(all(row[k] == v for k, v in values.items()) for row in self.rows)
 
     def add(self, row: Mapping[str, Any]) -> None:
         assert set(self.key) <= row.keys(), f"a row needs {self.key}"
-        self.rows.append(dict(row))
+        row = dict(row) | ({"settings": self.settings} if self.settings else {})
+        self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+            file.write(json.dumps(row) + "\n")
+
+
+def settings_of(study: Any, *free: str) -> dict[str, Any]:
+    """Fields of a study that every row of its file shares: all but `free`, as JSON has them."""
+    return json.loads(json.dumps({k: v for k, v in asdict(study).items() if k not in free}))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

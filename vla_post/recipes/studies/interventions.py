@@ -37,7 +37,9 @@ from vla_post.recipes.studies.common import (
     Results,
     averaged,
     play,
+    read_rows,
     scratch,
+    settings_of,
     successes,
     train,
 )
@@ -82,10 +84,11 @@ class Study:
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        results = Results(self.out, ("task", "seed", "arm"))
         if self.show:
-            print(tables(results.rows))
+            print(tables(read_rows(self.out)))
             return
+        settings = settings_of(self, "out", "show", "tasks", "seeds", "arms")
+        results = Results(self.out, ("task", "seed", "arm"), settings)
         contract = load_contract(sim.CONTRACTS / "metaworld_state.yaml")
         for seed in self.seeds:
             for task in self.tasks:

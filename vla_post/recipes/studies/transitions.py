@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from scipy.stats import mannwhitneyu
 
 import sim
 from sim.corruptions import (
@@ -56,7 +57,15 @@ from vla_post.learners.hg_dagger import HgDaggerConfig
 from vla_post.learners.ptr import Ptr, PtrConfig
 from vla_post.learners.transition_math import TransitionConfig
 from vla_post.policies.build import build_policy
-from vla_post.recipes.studies.common import Results, averaged, scratch, successes, train
+from vla_post.recipes.studies.common import (
+    Results,
+    averaged,
+    read_rows,
+    scratch,
+    settings_of,
+    successes,
+    train,
+)
 from vla_post.recipes.studies.interventions import bootstrap
 from vla_post.training.data import statistics
 from vla_post.training.trainer import TrainConfig, Trainer, cosine
@@ -87,10 +96,11 @@ class Study:
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        results = Results(self.out, ("data", "seed", "arm"))
         if self.show:
-            print(tables(results.rows))
+            print(tables(read_rows(self.out)))
             return
+        settings = settings_of(self, "out", "show", "seeds", "data", "arms")
+        results = Results(self.out, ("data", "seed", "arm"), settings)
         contract = load_contract(sim.CONTRACTS / f"{self.contract}.yaml")
         for seed in self.seeds:
             for data in self.data:
@@ -238,10 +248,7 @@ def demonstrations(
 
 def auroc(better: np.ndarray, worse: np.ndarray) -> float:
     """How often a clean chunk scores above a bad one; ties count half."""
-    order = np.sort(worse)
-    below = np.searchsorted(order, better, side="left")
-    equal = np.searchsorted(order, better, side="right") - below
-    return float((below + 0.5 * equal).sum() / (len(better) * len(worse)))
+    return float(mannwhitneyu(better, worse).statistic / (len(better) * len(worse)))
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
