@@ -133,7 +133,8 @@ class TransitionScorer(nn.Module):
     Everything that lasts is in its state_dict, except its optimiser's state.
 
     Args:
-        contract: of the cell: shapes of the observations, limits of the actions.
+        contract: of the cell: shapes of the observations, and limits of the actions for a policy
+            without statistics.
     """
 
     def __init__(self, policy: Policy, contract: Contract, config: TransitionConfig) -> None:
@@ -156,11 +157,11 @@ class TransitionScorer(nn.Module):
             weight_decay=config.weight_decay,
             fused=True,
         )
-        low, high = torch.tensor(contract.action.limits.position, dtype=torch.float32).T
+        middle, scale = _action_scale(policy, contract)
         buffers = {
             "projection": torch.linalg.qr(torch.randn(features.shape[1], size))[0],
-            "action_middle": (high + low) / 2,
-            "action_range": ((high - low) / 2).clamp(min=1e-6),
+            "action_middle": middle,
+            "action_range": scale.clamp(min=1e-6),
             "queue": torch.zeros(config.queue, size),
             "queue_present": torch.zeros(config.queue, size),
             "queue_task": torch.full((config.queue,), -1),
@@ -407,6 +408,17 @@ class PlainFeatures(nn.Module):
 
     def clone(self) -> "PlainFeatures":
         return self
+
+
+def _action_scale(policy: Policy, contract: Contract) -> tuple[Tensor, Tensor]:
+    """Middle and scale of the actions (A,): what the policy normalises with, if it says so. Limits
+    alone will not do: those of imported data are wide open."""
+    known: Any = getattr(policy, "statistics", {}).get("action")
+    if known is not None:
+        middle, scale = (torch.as_tensor(known[name]).float() for name in ("mean", "std"))
+        return middle, scale
+    low, high = torch.tensor(contract.action.limits.position, dtype=torch.float32).T
+    return (high + low) / 2, (high - low) / 2
 
 
 def _blank(policy: Policy, contract: Contract) -> tuple[Observation, list[str]]:

@@ -19,6 +19,8 @@ SMALLEST_STD = 0.01
 """Floor of a state's standard deviation: what stood still in a few demonstrations may move."""
 SMALLEST_ACTION_STD = 0.025
 """Floor of an action's, as a share of its range."""
+UNLIMITED = 1e6
+"""A declared range as wide as this is none: imported data does not say what its robot may do."""
 
 
 def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]:
@@ -30,7 +32,8 @@ def statistics(view: FleetView, contract: Contract) -> dict[str, dict[str, Any]]
     """
     low, high = np.array(contract.action.limits.position, np.float64).T
     floors = {key: np.full(f.shape, SMALLEST_STD) for key, f in contract.vectors.items()}
-    floors["action"] = SMALLEST_ACTION_STD * (high - low)
+    limited = high - low < UNLIMITED
+    floors["action"] = np.where(limited, SMALLEST_ACTION_STD * (high - low), SMALLEST_STD)
     out: dict[str, dict[str, Any]] = {}
     for key, found in normalisation(view, keys=list(floors)).items():
         entry = {name: np.array(value) for name, value in asdict(found).items() if name != "count"}

@@ -1,7 +1,9 @@
 """`vla-post ptr`: the chunks that a scorer trusts most and least, and the user's mistakes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from vla_post.cli.ptr import Show, Weights
 from vla_post.learners.ptr import PtrConfig
 from vla_post.learners.transition_math import TransitionConfig
 from vla_post.policies.build import build_policy
+from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.data import mixture, statistics
 from vla_post.training.trainer import TrainConfig, Trainer
 
@@ -23,11 +26,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ptr")
     contract = load_contract(sim.CONTRACTS / "metaworld_state.yaml")
     write_demonstrations(folder / "store", contract, tasks=["reach"], episodes_per_task=2)
-    view = FleetView(folder / "store")
+    train(folder / "store", folder / "version")
+    return folder
+
+
+def train(store: Path, version: Path) -> LeRobotPolicy:
+    """Five updates of PTR on a store, by its own contract."""
+    view = FleetView(store)
+    contract = view.stores[0].contract
     policy = build_policy("chunk_flow", contract, statistics(view, contract))
     algorithm = PtrConfig(transition=TransitionConfig(warmup_updates=2))
     trainer = Trainer(policy, TrainConfig(algorithm=algorithm, batch_size=32))
-    sampler = mixture(
+    sampler = batches(view, algorithm, policy)
+    for _ in range(5):
+        trainer.step(next(sampler))
+    trainer.save_policy(version)
+    return policy
+
+
+def batches(view: FleetView, algorithm: PtrConfig, policy: LeRobotPolicy) -> Iterator[Any]:
+    contract = view.stores[0].contract
+    return mixture(
         view,
         None,
         contract,
@@ -36,10 +55,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         needs=algorithm.data(contract),
         keys=policy.observation_keys,
     )
-    for _ in range(5):
-        trainer.step(next(sampler))
-    trainer.save_policy(folder / "version")
-    return folder
 
 
 def test_show_writes_a_page_with_the_highest_and_the_lowest(
