@@ -5,7 +5,7 @@ K policies, N starts, S state size. Equations U9 and U10.
 
 from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -169,7 +169,9 @@ def accepted(
 def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
     """Spearman's; 0 where there is none: fewer than two values, or all of them alike."""
     try:
-        return correlation(a.tolist(), b.tolist(), method="ranked")
+        # Typed as Any: the type checker's view of it lags behind Python 3.12.
+        ranked: Any = correlation
+        return float(ranked(a.tolist(), b.tolist(), method="ranked"))
     except StatisticsError:
         return 0.0
 

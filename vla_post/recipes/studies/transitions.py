@@ -248,7 +248,8 @@ def demonstrations(
 
 def auroc(better: np.ndarray, worse: np.ndarray) -> float:
     """How often a clean chunk scores above a bad one; ties count half."""
-    return float(mannwhitneyu(better, worse).statistic / (len(better) * len(worse)))
+    found: Any = mannwhitneyu(better, worse)
+    return float(found.statistic / (len(better) * len(worse)))
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
