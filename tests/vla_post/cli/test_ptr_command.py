@@ -5,14 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import sim
 from sim.demonstrations import write_demonstrations
 from trajectory_store import FleetView, load_contract
+from vla_post.batch import Batch
 from vla_post.cli.errors import UserError
 from vla_post.cli.ptr import Show, Weights
+from vla_post.cli.store import Convert
 from vla_post.learners.ptr import PtrConfig
+from vla_post.learners.transition import TransitionScorer
 from vla_post.learners.transition_math import TransitionConfig
 from vla_post.policies.build import build_policy
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
@@ -30,12 +36,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(store: Path, version: Path) -> LeRobotPolicy:
+def train(store: Path, version: Path, **transition: Any) -> LeRobotPolicy:
     """Five updates of PTR on a store, by its own contract."""
     view = FleetView(store)
     contract = view.stores[0].contract
     policy = build_policy("chunk_flow", contract, statistics(view, contract))
-    algorithm = PtrConfig(transition=TransitionConfig(warmup_updates=2))
+    algorithm = PtrConfig(transition=TransitionConfig(warmup_updates=2, **transition))
     trainer = Trainer(policy, TrainConfig(algorithm=algorithm, batch_size=32))
     sampler = batches(view, algorithm, policy)
     for _ in range(5):
@@ -76,6 +82,32 @@ def test_weights_are_bounded_and_sorted(trained: Path, capsys: pytest.CaptureFix
     assert 20 < len(rows) <= 40
     assert [r["score"] for r in rows] == sorted(r["score"] for r in rows)
     assert all(0.25 <= r["weight"] <= 4.0 and r["score"] <= r["best"] + 1e-3 for r in rows)
+
+
+def test_a_lerobot_dataset_of_unknown_limits_is_scored_by_its_actions(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Imported data declares no limits; neither policy nor scorer may take its actions for 0."""
+    dataset, store = tmp_path / "dataset", tmp_path / "store"
+    Convert("to-lerobot", str(trained / "store"), str(dataset)).run()
+    (dataset / "meta" / "vla_post.json").unlink()
+    Convert("from-lerobot", str(dataset), str(store)).run()
+    # Two episodes may well belong to the same half.
+    config = TransitionConfig(held_out=False)
+    policy = train(store, tmp_path / "version", held_out=False)
+    assert float(np.max(policy.statistics["action"]["std"])) < 2.0
+    capsys.readouterr()
+    Weights(checkpoint=tmp_path / "version", store=store, chunks=40, transition=config).run()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({round(row["score"], 3) for row in rows}) > 10
+    scorer = TransitionScorer(policy, policy.contract, config)
+    scorer.load_state_dict(load_file(tmp_path / "version" / "transition.safetensors"))
+    batch = Batch.from_numpy(next(batches(FleetView(store), PtrConfig(), policy)))
+    scores: list[Any] = []
+    for one in (batch, batch.replace(action=-batch.action)):
+        torch.manual_seed(0)
+        scores.append(scorer.scores(one).score)
+    assert float((scores[0] - scores[1]).abs().mean()) > 1e-3
 
 
 def test_mistakes_are_named(trained: Path, tmp_path: Path):
