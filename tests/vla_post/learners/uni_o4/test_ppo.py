@@ -59,6 +59,7 @@ def test_a_loss_beyond_the_clip_still_pulls_back():
 def test_with_old_equal_to_new_the_gradient_is_the_plain_policy_gradient(
     kind: Literal["gaussian", "flow"],
 ):
+    """U-2."""
     torch.manual_seed(0)
     config = PolicyConfig(kind=kind, members=3, steps=3, **SMALL)
     policies = build_policies(config, 2, 2)
@@ -80,11 +81,13 @@ def test_with_old_equal_to_new_the_gradient_is_the_plain_policy_gradient(
 
 
 def test_clip_schedule():
+    """U-3."""
     got = [clip_at(step, 0.25) for step in (0, 100, 200, 201, 9999)]
     assert got == pytest.approx([0.25, 0.2475, 0.245, 0.245, 0.245])
 
 
 def test_omega_weighs_gains_and_losses_and_a_half_leaves_them_alone():
+    """U-7."""
     raw = torch.tensor([[1.0, -1.0, 3.0, -3.0]])
     torch.testing.assert_close(shaped_advantage(raw, 0.5), shaped_advantage(raw, None))
     standard = raw / raw.std(dim=1, keepdim=True)
@@ -94,6 +97,7 @@ def test_omega_weighs_gains_and_losses_and_a_half_leaves_them_alone():
 
 
 def test_one_inner_step_is_gaussian_ppo_and_the_chain_sums_over_steps():
+    """U-8, of the inner steps."""
     torch.manual_seed(0)
     flow = FlowPolicies(PolicyConfig(kind="flow", members=1, steps=1, **SMALL), 2, 2)
     state = torch.randn(5, 2)
@@ -159,6 +163,7 @@ def chain_data() -> Transitions:
 
 
 def test_chunks_of_one_step_are_the_papers_transitions():
+    """U-8, of the chunk's discount."""
     data = chain_data()
     scales = scales_of(data, discount=0.9)
     rows = prepare(data, scales)

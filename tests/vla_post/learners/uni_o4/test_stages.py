@@ -84,6 +84,7 @@ def gradient(alpha: float, form: Literal["kl", "log_prob"]) -> Tensor:
 
 
 def test_only_the_kl_form_pushes_members_apart():
+    """U-1, of the gradients."""
     plain = gradient(0.0, "kl")
     torch.testing.assert_close(gradient(0.0, "log_prob"), plain)
     torch.testing.assert_close(gradient(0.1, "log_prob"), 1.1 * plain, rtol=1e-4, atol=1e-7)
@@ -94,6 +95,7 @@ def test_only_the_kl_form_pushes_members_apart():
 
 
 def test_members_trained_with_the_kl_form_end_further_apart():
+    """U-1, of the trained members."""
     apart: list[float] = []
     losses: list[float] = []
     for alpha in (0.0, 0.6):
@@ -123,6 +125,7 @@ def test_a_stack_trains_as_its_members_would_alone():
 
 
 def test_sarsa_on_a_deterministic_chain_sees_no_advantage_in_its_own_actions():
+    """U-6."""
     n = 80
     place = np.arange(n) % 4
     state = np.eye(4, dtype=np.float32)
@@ -190,6 +193,7 @@ def fitted() -> tuple[Dynamics, Samples]:
 
 
 def test_constant_velocity_is_learned_and_only_elites_are_asked():
+    """U-9."""
     dynamics, samples = fitted()
     rows = samples.rows(torch.arange(100))
     dynamics.config = replace(dynamics.config, noise=False)
@@ -251,6 +255,7 @@ class Chain:
 
 
 def test_amq_of_a_chain_is_the_hand_computed_mean():
+    """U-5."""
     policies = GaussianPolicies(PolicyConfig(members=2, **SMALL), 1, 1)
     starts = torch.tensor([[0.0], [2.0]])
     score = GateConfig(horizon=3)
@@ -284,6 +289,7 @@ def test_leaving_the_datas_range_ends_a_rollout_and_too_many_are_an_error():
 
 
 def test_the_gate_is_strict():
+    """U-4, of the comparison."""
     best = torch.tensor([1.0, 1.0, -2.0, 1.0])
     score = torch.tensor([1.0, 1.01, -1.95, math.nan])
     assert accepted(score, best).tolist() == [False, True, True, False]
@@ -299,6 +305,7 @@ def test_the_gate_is_strict():
 
 
 def test_a_refused_member_keeps_changing_while_its_old_policy_does_not():
+    """U-4, of the parameters."""
     policies, values, samples, scales = ready()
     config = OfflineConfig(updates=10, batch_size=32, gate=GateConfig(every=5, horizon=1, starts=8))
     stage = OfflinePpo(policies, values, Still(), samples, scales, config)
