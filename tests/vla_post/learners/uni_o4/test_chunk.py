@@ -1,6 +1,7 @@
 """Uni-O4 on a cell's flow policy: likelihoods, a step, the gate, resuming, the registry."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from vla_post.learners.uni_o4.chunk import (
     chain_log_prob,
     sample_chain,
 )
+from vla_post.learners.uni_o4.ppo import ppo_terms
 from vla_post.policies.build import build_policy
 from vla_post.policies.lerobot_adapter import LeRobotPolicy
 from vla_post.training.gate import NoJudge, compare, require_judge
+
+from ...policies.cells import build, sample
 
 CONTRACT = Path(__file__).parents[4] / "sim" / "contracts" / "metaworld_state.yaml"
 
@@ -164,3 +168,56 @@ def test_a_policy_without_a_flow_is_refused(policy: LeRobotPolicy, contract: Con
         UniO4Chunk(Plain(), [], uni.critic, uni.encoder, uni.config)
     with pytest.raises(ValueError, match=r"noise 0\.0"):
         UniO4ChunkConfig(noise=0.0)
+
+
+@pytest.mark.long
+def test_a_smolvlas_head_takes_the_plain_policy_gradient_and_learns_good_chunks():
+    """U-2 for lerobot's own flow head: the likelihood is that of the denoising chain (U11)."""
+    vla = build("smolvla_tiny")
+    batch = sample(vla.contract, 4)
+    steps = torch.full((4,), vla.contract.chunk_horizon)
+    batch = replace(
+        batch, next_observation=batch.observation, n=steps, left=steps,
+        outcome=torch.tensor([1, -1, 1, -1]),
+    )  # fmt: skip
+    config = UniO4ChunkConfig(
+        critic=CriticConfig(heads=2, width=32, layers=1), critic_warmup=0, gate_every=1000,
+        warmup_updates=0, learning_rate=1e-3,
+    )  # fmt: skip
+    uni = config.build(vla, list(vla.parameters()), vla.contract)
+    shape = (4, vla.horizon, vla.noise_size)
+    with torch.no_grad():
+        context = uni.old.encode(batch.observation, batch.instruction)
+        chain = sample_chain(uni.old.head, context, torch.randn(shape), config.noise)
+        before = chain_log_prob(uni.old.head, context, chain, config.noise)
+
+    def log_prob() -> torch.Tensor:
+        context = vla.encode(batch.observation, batch.instruction)
+        return chain_log_prob(vla.head, context, chain, config.noise)
+
+    now = log_prob()
+    assert now.isfinite().all()
+    assert now.shape == (4, vla.head.denoising_steps)
+    torch.testing.assert_close(now.detach(), before, rtol=1e-4, atol=1e-2)
+    good = torch.tensor([1.0, -1.0, 1.0, -1.0])
+
+    def loss(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        return ppo_terms(now[None], before[None], good[None], clip=config.clip).loss.sum()
+
+    def gradient(of: torch.Tensor) -> list[torch.Tensor | None]:
+        parameters = list(vla.parameters())
+        return list(torch.autograd.grad(of, parameters, retain_graph=True, allow_unused=True))
+
+    # Old = new: ratio 1, and the gradient of -E[A log pi].
+    wanted = gradient(-(now.sum(dim=1) * good).mean())
+    for a, b in zip(gradient(loss(now, now.detach())), wanted, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for _ in range(3):
+        uni.optimizer.step(loss(log_prob(), before))
+    change = (log_prob() - before).sum(dim=1).detach()
+    assert float((change * good).sum()) > 0.1
+    # And the learner's own step, critic and all.
+    metrics = uni.update(batch)
+    assert np.isfinite(list(metrics.values())).all()
+    assert {"uni_o4/kl", "critic/loss"} <= metrics.keys()
