@@ -35,15 +35,16 @@ class Report:
     """Print the tables of what a study has found so far."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """The study's folder."""
+    """The study's folder, or a file of its results."""
 
     def run(self) -> None:
-        path = self.out / "results.jsonl"
+        path = self.out if self.out.is_file() else self.out / "results.jsonl"
         results = read_results(path)
         if not results:
             raise UserError(f"{path}: no results yet; `vla-post study aloe --out` makes them")
         found = summary(results)
-        (self.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+        if self.out.is_dir():
+            (self.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
         print(as_text(found))
 
 
