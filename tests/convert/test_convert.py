@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ FRONT = "observation.images.front"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     path = tmp_path_factory.mktemp("source") / "store"
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :96]
@@ -74,9 +75,9 @@ def same(ours: Store, theirs: Store, *, pixels: float) -> None:
         assert np.abs(off).mean() <= pixels
 
 
-def test_diffusion_policy_and_back(store, tmp_path):
+def test_diffusion_policy_and_back(store: Store, tmp_path: Path) -> None:
     to_zarr(store, tmp_path / "dp.zarr")
-    root = zarr.open_group(str(tmp_path / "dp.zarr"), mode="r")
+    root: Any = zarr.open_group(str(tmp_path / "dp.zarr"), mode="r")
     assert root["meta/episode_ends"][:].tolist() == [12, 32]
     np.testing.assert_array_equal(root["data/images_front"][:], store.read(FRONT, slice(None)))
     np.testing.assert_array_equal(root["data/action"][:], store.read("action", slice(None)))
@@ -89,7 +90,9 @@ def test_diffusion_policy_and_back(store, tmp_path):
     assert from_zarr(tmp_path / "dp.zarr", tmp_path / "back", control_hz=20, codec="raw") == []
 
 
-def test_a_killed_conversion_to_zarr_goes_on(store, tmp_path, monkeypatch):
+def test_a_killed_conversion_to_zarr_goes_on(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vla_post.convert.diffusion_policy.ROWS", 8)
     target, partial = tmp_path / "dp.zarr", tmp_path / ".dp.zarr.partial"
     began: list[int] = []
@@ -108,7 +111,7 @@ def test_a_killed_conversion_to_zarr_goes_on(store, tmp_path, monkeypatch):
     began.clear()
     to_zarr(store, target, progress=lambda _w, done, _of: began.append(done))
     assert began == [16, 24, 32]
-    root = zarr.open_group(str(target), mode="r")
+    root: Any = zarr.open_group(str(target), mode="r")
     for key, name in {FRONT: "images_front", "action": "action", "stamp_ns": "stamp_ns"}.items():
         np.testing.assert_array_equal(root[f"data/{name}"][:], store.read(key, slice(None)))
     # Other episodes, or a folder that cannot say what it holds: from the beginning.
@@ -120,8 +123,8 @@ def test_a_killed_conversion_to_zarr_goes_on(store, tmp_path, monkeypatch):
         assert began[0] == 0
 
 
-def test_a_foreign_zarr_with_float_images(tmp_path):
-    root = zarr.open_group(str(tmp_path / "pusht.zarr"), mode="w", zarr_format=2)
+def test_a_foreign_zarr_with_float_images(tmp_path: Path) -> None:
+    root: Any = zarr.open_group(str(tmp_path / "pusht.zarr"), mode="w", zarr_format=2)
     image = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3)).astype(np.float32)
     for name, data in {
         "img": image,
@@ -136,10 +139,10 @@ def test_a_foreign_zarr_with_float_images(tmp_path):
     np.testing.assert_array_equal(got.read("observation.images.img", slice(None)), image)
 
 
-def test_zarr_that_is_not_one(tmp_path):
+def test_zarr_that_is_not_one(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="expected a zarr folder"):
         from_zarr(tmp_path / "nothing", tmp_path / "store")
-    root = zarr.open_group(str(tmp_path / "odd.zarr"), mode="w", zarr_format=2)
+    root: Any = zarr.open_group(str(tmp_path / "odd.zarr"), mode="w", zarr_format=2)
     root.create_array("data/action", data=np.ones((5, 2)))
     root.create_array("meta/episode_ends", data=np.array([4]))
     with pytest.raises(ConversionError, match=r"other lengths: \{'action': 5\}"):
@@ -148,12 +151,15 @@ def test_zarr_that_is_not_one(tmp_path):
 
 @pytest.mark.parametrize("use_videos", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_lerobot_and_back(store, tmp_path, use_videos):
+def test_lerobot_and_back(
+    store: Store, tmp_path: Path, use_videos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lerobot", reason="the learn extra is not installed")
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from vla_post.convert.lerobot_dataset import from_lerobot, to_lerobot
 
+    monkeypatch.setattr("vla_post.convert.lerobot_dataset.SEGMENT_EPISODES", 1)
     target = tmp_path / "dataset"
 
     def stop(_what: str, done: int, _of: int) -> None:
@@ -171,7 +177,7 @@ def test_lerobot_and_back(store, tmp_path, use_videos):
     assert steps == [1, 2]
     # Some video encoders make a root process real-time, which starves a robot beside it.
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
-    dataset = LeRobotDataset("local/x", root=target)
+    dataset: Any = LeRobotDataset("local/x", root=target)
     assert (len(dataset), dataset.meta.total_episodes, dataset.fps) == (32, 2, 20)
     item = dataset[13]
     np.testing.assert_array_equal(item["action"], store.read("action", [13])[0])
@@ -207,7 +213,7 @@ def test_lerobot_and_back(store, tmp_path, use_videos):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_lerobot_trains_on_it(store, tmp_path):
+def test_lerobot_trains_on_it(store: Store, tmp_path: Path) -> None:
     """The real command, offline, with a tiny policy."""
     pytest.importorskip("lerobot", reason="the learn extra is not installed")
     from vla_post.convert.lerobot_dataset import to_lerobot

@@ -349,7 +349,7 @@ class Stats:
 class Convert:
     """Converts between stores and LeRobot v3 datasets, diffusion_policy zarr folders, MCAP bags.
 
-    Into a store, a second run goes on where the first one stopped.
+    After an interruption or a kill, the same command goes on.
     """
 
     kind: Annotated[

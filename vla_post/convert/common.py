@@ -1,14 +1,15 @@
-"""What converters share: refusing to overwrite, contracts from feature lists, names."""
+"""What converters share: refusing to overwrite, going on, contracts from feature lists, names."""
 
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
-from trajectory_store import Contract, StoreError
+from trajectory_store import Contract, Episode, Outcome, StoreError, StoreWriter
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
@@ -26,12 +27,50 @@ def clear_target(target: Path, force: bool) -> None:
     """Raises:
     ConversionError: something is there and `force` is off.
     """
+    # Away first: killed in the middle of deleting, half of it would look like a conversion.
+    away = target.with_name(f".{target.name}.deleted")
     if target.exists():
         if not force:
             raise ConversionError(
                 f"{target}: exists already; choose another place, or overwrite it with --force"
             )
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        remove(away)
+        target.replace(away)
+    remove(away)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+CUT_SHORT = ("the writer died", "the writer was closed", "write_episode stopped")
+"""How the notes of an episode begin their last line when its writer did not come to its end."""
+
+
+def is_whole(
+    writer: StoreWriter, found: Episode | None, ticks: int, outcome: Outcome | str
+) -> bool:
+    """Whether a store holds an episode already.
+
+    What an earlier conversion left of it when it was killed or interrupted is hidden under another
+    uuid: the episode can be written anew.
+
+    Args:
+        found: its entry, if there is one.
+        ticks: how many it is to have.
+        outcome: how it is to end.
+    """
+    if found is None:
+        return False
+    said = found.notes.rpartition("\n")[2]
+    if found.outcome != Outcome.INTERRUPTED or not said.startswith(CUT_SHORT):
+        return True
+    if len(found) == ticks and outcome == Outcome.INTERRUPTED:
+        return True  # recorded so, and converted to the end
+    writer.change_episode(found.uuid, lambda e: e.replace(uuid=str(uuid4()), deleted=True))
+    writer.flush()  # before another episode of that uuid is in the table
+    return False
 
 
 def slug(text: str, fallback: str) -> str:

@@ -10,7 +10,14 @@ import zarr
 
 from trajectory_store import Filter, Outcome, Source, Store
 from trajectory_store.writer import StoreWriter
-from vla_post.convert.common import ConversionError, Progress, clear_target, make_contract, quiet
+from vla_post.convert.common import (
+    ConversionError,
+    Progress,
+    clear_target,
+    is_whole,
+    make_contract,
+    quiet,
+)
 
 ROWS = 256
 """Ticks copied at once, and rows of a chunk of images."""
@@ -73,6 +80,8 @@ def _begin(
         root = zarr.open_group(str(building), mode="r+")
         found = dict(root.attrs)
         if {k: found[k] for k in plan} == plan and all(f"data/{n}" in root for n in names.values()):
+            for cut in building.rglob("*.partial"):  # zarr's own files, of a write that was killed
+                cut.unlink()
             return root, int(cast(int, found["rows_written"]))
     except (OSError, ValueError, KeyError):
         pass  # nothing there, or killed before it could say what is
@@ -148,12 +157,13 @@ def from_zarr(
     outcomes = list(root.attrs.get("outcomes", ()))
     written: list[str] = []
     with StoreWriter.create_or_open(target, contract, writer="from_zarr") as writer:
-        present = {e.uuid for e in Store(target).table}
+        present = {e.uuid: e for e in Store(target).table}
         for i, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             progress(f"episode {i}", i, len(ends))
             name = f"{place.absolute()}#{i}"
             uuid = uuids[i] if len(uuids) == len(ends) else str(uuid5(NAMESPACE_URL, name))
-            if uuid in present:
+            ending = Outcome(outcomes[i] if len(outcomes) == len(ends) else outcome)
+            if is_whole(writer, present.get(uuid), int(stop - start), ending):
                 continue
             rows = slice(int(start), int(stop))
             observation = {keys[k]: a[rows].astype(np.float32) for k, a in vectors.items()}
@@ -166,7 +176,7 @@ def from_zarr(
                 task,
                 observation,
                 action[rows].astype(np.float32),
-                outcome=outcomes[i] if len(outcomes) == len(ends) else Outcome(outcome),
+                outcome=ending,
                 source=known["source"][rows] if "source" in known else Source.HUMAN,
                 stamp_ns=known["stamp_ns"][rows] if "stamp_ns" in known else None,
                 reward=known["reward"][rows] if "reward" in known else None,

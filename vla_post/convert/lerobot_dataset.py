@@ -5,8 +5,12 @@ Out: what lerobot trains on, plus columns of ours that its policies ignore (`vla
 contract and the episode rows, so that the way back loses nothing but what JPEG or video lost.
 """
 
+import errno
 import json
+import os
+import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -20,14 +24,21 @@ from vla_post.convert.common import (
     ConversionError,
     Progress,
     clear_target,
+    is_whole,
     make_contract,
     names_of,
     quiet,
     slug,
 )
+from vla_post.convert.lerobot_segments import GrowingDataset
 
 SIDECAR = "meta/vla_post.json"
 OUTCOMES = list(Outcome)
+PNG_END = b"IEND\xaeB`\x82"
+SEGMENT_EPISODES = 25
+"""What is written between two checkpoints at most: what a kill costs, and how much a file holds."""
+SEGMENT_BYTES = 200 * 2**20
+"""Likewise, of all cameras together; lerobot's own files end at 100 MB of data, 200 MB of video."""
 
 
 def to_lerobot(
@@ -42,13 +53,14 @@ def to_lerobot(
 ) -> list[str]:
     """Writes episodes as a LeRobot v3 dataset and returns their uuids.
 
-    Written beside `target` and renamed when whole; an interrupted conversion goes on where it was,
-    unless it was killed, which leaves parquet files without their ends. Depth images are left out:
-    the format is 8 bit here.
+    Written beside `target` and renamed when whole. The same call goes on after an interruption, an
+    error or a kill, at most `SEGMENT_EPISODES` episodes before where it was. Depth images are left
+    out: the format is 8 bit here.
 
     Raises:
-        ConversionError: the target exists, stores of different contracts, nothing to write, or a
-            control rate that is not whole (the format's fps is an integer).
+        ConversionError: the target exists, stores of different contracts, nothing to write, a
+            control rate that is not whole (the format's fps is an integer), a full disk, or
+            another process that writes this target.
         FeatureMissing: a camera has no frame at some tick.
     """
     stores = data.stores if isinstance(data, FleetView) else [data]
@@ -67,74 +79,79 @@ def to_lerobot(
         )
     target = Path(target)
     clear_target(target, force)
-    building = target.with_name(f".{target.name}.partial")
     images = [k for k, f in contract.images.items() if not f.unit.startswith("depth16")]
-    wanted = [e.uuid for _, e in chosen]
-    dataset, done = _begin(building, repo_id, contract, images, use_videos, wanted)
-    written = done
-    try:
-        for number, (store, e) in enumerate(chosen[done:], done):
-            progress(e.uuid, number, len(chosen))
-            columns = _columns(store, e, contract)
-            for i in range(len(e)):
-                frame: dict[str, Any] = {k: v[i] for k, v in columns.items()}
-                for key in images:
-                    frame[key] = store.read(key, [e.first_row + i])[0]
-                dataset.add_frame(frame | {"task": e.instruction})
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                dataset.save_episode()
-            written = number + 1
-    finally:
-        if written < len(chosen):
-            dataset.clear_episode_buffer()
-        dataset.finalize()
-        sidecar = {
-            "contract": contract.to_dict(),
-            "videos": use_videos,
-            "episodes": [json.loads(e.to_json()) for _, e in chosen[:written]],
-        }
-        (building / SIDECAR).write_text(json.dumps(sidecar))
-    building.replace(target)
+    plan = {"contract": contract.to_dict(), "videos": use_videos}
+    rows = [json.loads(e.to_json()) for _, e in chosen]
+    with GrowingDataset.held(target.with_name(f".{target.name}.partial"), plan, rows) as growing:
+        while growing.done < len(chosen):
+            dataset = _open(growing, repo_id, contract, images, use_videos)
+            number = growing.done
+            try:
+                for store, e in chosen[number : number + SEGMENT_EPISODES]:
+                    progress(e.uuid, number, len(chosen))
+                    _add(dataset, store, e, contract, images)
+                    number += 1
+                    if growing.loose_bytes >= SEGMENT_BYTES:
+                        break
+            except BaseException:
+                # Now, or lerobot does it at some later time, when the files may be another run's.
+                with suppress(Exception):
+                    dataset.finalize()
+                raise
+            dataset.finalize()
+            growing.commit(number)
+        (growing.root / SIDECAR).write_text(json.dumps(plan | {"episodes": rows}))
+        growing.root.replace(target)
     progress("", len(chosen), len(chosen))
-    return wanted
+    return [e.uuid for _, e in chosen]
 
 
-def _begin(
-    building: Path,
-    repo_id: str,
-    contract: Contract,
-    images: list[str],
-    use_videos: bool,
-    wanted: list[str],
-) -> tuple[Any, int]:
-    """A dataset to write to, and how many of the wanted episodes it holds already."""
+def _open(
+    growing: GrowingDataset, repo_id: str, contract: Contract, images: list[str], use_videos: bool
+) -> Any:
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     # H.264, not lerobot's AV1: run by root, that encoder (SVT-AV1) makes the calling process and
     # all that it starts later SCHED_FIFO 99, which takes the cores from a robot's control loop.
     encoder = RGBEncoderConfig(vcodec="h264", crf=20)
-    try:
-        before = json.loads((building / SIDECAR).read_text())
-        done = [e["uuid"] for e in before["episodes"]]
-        same = before["contract"] == contract.to_dict() and before["videos"] == use_videos
-        if done and same and done == wanted[: len(done)]:
-            resumed = LeRobotDataset.resume(repo_id, root=building, rgb_encoder=encoder)
-            return resumed, len(done)
-    except (OSError, ValueError, KeyError):
-        pass  # nothing there, or killed before it could say what is
-    clear_target(building, True)
-    made = LeRobotDataset.create(
+    if growing.done:
+        return LeRobotDataset.resume(repo_id, root=growing.root, rgb_encoder=encoder)
+    return LeRobotDataset.create(
         repo_id,
         fps=round(contract.control_hz),
         features=_features(contract, images, use_videos),
-        root=building,
+        root=growing.root,
         robot_type=contract.robot,
         use_videos=use_videos,
         rgb_encoder=encoder,
     )
-    return made, 0
+
+
+def _add(dataset: Any, store: Store, e: Episode, contract: Contract, images: list[str]) -> None:
+    columns = _columns(store, e, contract)
+    for i in range(len(e)):
+        frame: dict[str, Any] = {k: v[i] for k, v in columns.items()}
+        for key in images:
+            frame[key] = store.read(key, [e.first_row + i])[0]
+        dataset.add_frame(frame | {"task": e.instruction})
+    # lerobot only logs that it could not write a picture, and goes on without it or with its start.
+    for key in images:
+        for path in map(Path, dataset.writer.episode_buffer[key]):
+            if path.is_file() and path.read_bytes().endswith(PNG_END):
+                continue
+            if shutil.disk_usage(path.parent).free < np.prod(contract.images[key].shape):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise ConversionError(
+                f"{key} of episode {e.uuid}: lerobot could not write {path.name}; its message "
+                "above says why"
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        # One camera after the other, each on all cores. lerobot's other way forks this process
+        # beside the store's threads, and its encoders outlive a kill and then delete pictures under
+        # the next run's hands.
+        dataset.save_episode(parallel_encoding=False)
 
 
 def _features(contract: Contract, images: list[str], use_videos: bool) -> dict[str, Any]:
@@ -234,7 +251,7 @@ def from_lerobot(
     contract, tasks = _contract(dataset, info, saved, root.name, codec)
     written: list[str] = []
     with StoreWriter.create_or_open(target, contract, writer="from_lerobot") as writer:
-        present = {e.uuid for e in Store(target).table}
+        present = {e.uuid: e for e in Store(target).table}
         episodes: Any = dataset.meta.episodes
         total = dataset.meta.total_episodes
         for number in range(total):
@@ -242,11 +259,12 @@ def from_lerobot(
             old = Episode.from_json(json.dumps(saved["episodes"][number])) if saved else None
             name = f"{root.absolute()}#{number}"
             uuid = old.uuid if old else str(uuid5(NAMESPACE_URL, name))
-            if uuid in present:
-                continue
             first = int(episodes[number]["dataset_from_index"])
             stop = int(episodes[number]["dataset_to_index"])
-            _write(writer, dataset, (first, stop), uuid, old, tasks, Outcome(outcome))
+            ending = old.outcome if old and old.outcome else Outcome(outcome)
+            if is_whole(writer, present.get(uuid), stop - first, ending):
+                continue
+            _write(writer, dataset, (first, stop), uuid, old, tasks, ending)
             written.append(uuid)
     progress("", total, total)
     return written
@@ -327,7 +345,7 @@ def _write(
         old.task if old else tasks[instruction],
         observation,
         column("action").astype(np.float32),
-        outcome=old.outcome if old and old.outcome else outcome,
+        outcome=outcome,
         source=source,
         stamp_ns=stamps,
         reward=column("next.reward", np.zeros(n)).reshape(n),

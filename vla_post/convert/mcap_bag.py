@@ -22,7 +22,7 @@ import numpy as np
 from trajectory_store import Contract, Outcome, Source, Store, Tick
 from trajectory_store.contract import Align, ObservationFeature
 from trajectory_store.writer import StoreWriter
-from vla_post.convert.common import ConversionError, Progress, quiet
+from vla_post.convert.common import ConversionError, Progress, is_whole, quiet
 
 log = logging.getLogger(__name__)
 MAGIC = b"\x89MCAP0\r\n"
@@ -101,7 +101,7 @@ def from_mcap(
     written: list[str] = []
     opened = StoreWriter.create_or_open(target, contract, writer="from_mcap")
     with opened as writer, _Pictures() as pictures:
-        present = {e.uuid for e in Store(target).table}
+        present = {e.uuid: e for e in Store(target).table}
 
         def finish(bag: _Bag, start: dict[str, Any], ending: Outcome) -> None:
             name = str(start.get("task") or whole)
@@ -112,7 +112,8 @@ def from_mcap(
                     f"{path}: the bag names no task; give one of {', '.join(contract.tasks)}"
                 )
             uuid = _uuid(start.get("episode"), f"{path.absolute()}#{bag.ticks[0][0]}")
-            if uuid not in present:
+            ticks = len({stamp for stamp, *_ in bag.ticks})
+            if not is_whole(writer, present.get(uuid), ticks, ending):
                 _write(writer, contract, bag, uuid, name, start, ending)
                 written.append(uuid)
 
