@@ -52,7 +52,8 @@ class CellConfig:
     """A file that gets every comparison of the shadow as one JSON line."""
     insight_every: int = 0
     """Tell the doubt of the policy, and the value of the critic in its folder, of every k-th chunk
-    (in /diagnostics, drawn by the console). 0: never."""
+    (in /diagnostics, drawn by the console), and hint when the doubt exceeds what people let pass.
+    0: never."""
     infer_while_human: bool = False
     """Let the policy propose while a human drives, for `action.policy` in the store."""
     store: Path | None = None
@@ -93,6 +94,16 @@ class CellConfig:
             raise ValueError(f"nothing is recorded that could go to {self.uplink}; name a store")
         if self.real_time_factor <= 0:
             raise ValueError(f"real_time_factor is {self.real_time_factor}; it must be > 0")
+
+    @property
+    def takeovers(self) -> Path | None:
+        """Keeps the doubts at takeovers: beside the store, else beside the events. None: neither is
+        written, and the threshold is learned anew by each runner."""
+        beside = self.store or self.events_log
+        if beside is None:
+            return None
+        beside = beside.resolve()
+        return beside.with_name(f".{beside.name}.doubt.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +196,7 @@ def cell_nodes(config: CellConfig) -> list[NodeSpec]:
                     "insight_every": config.insight_every,
                     "shadow": config.shadow,
                     "shadow_log": str(config.shadow_log.resolve()) if config.shadow_log else "",
+                    "takeovers": str(config.takeovers or ""),
                 },
             )
         )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from robot_bridge.console import sight
 from robot_bridge.console.access import Session
 from robot_bridge.console.drive import max_age_ms
-from robot_bridge.console.ears import Ears, traces
+from robot_bridge.console.ears import Ears, hint, traces
 from robot_bridge.console.lease import Leases
 from robot_bridge.console.steering import Steering, soon
 from robot_bridge.snapshots import Frame
@@ -268,6 +268,7 @@ class Desk:
                 "mode_since_ms": round(self._ears.mode_s * 1e3),
                 "episode": sight.episode(self.contract, link),
                 "traces": traces(link.health),
+                "hint": hint(link.health),
                 "shadow": sight.shadow(link),
             }
         )

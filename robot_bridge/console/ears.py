@@ -164,10 +164,23 @@ def traces(health: Mapping[str, Health]) -> dict[str, float]:
     for said in health.values():
         for name in TRACES:
             try:
-                found[name] = round(float(said.values[name]), 4)
+                found[name] = float(f"{float(said.values[name]):.4g}")
             except (KeyError, ValueError):
                 continue
     return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def hint(health: Mapping[str, Health]) -> dict[str, Any] | None:
+    """Whether the policy doubts more than people let pass so far, and what that is: `on` and
+    `threshold`, where a node publishes `doubt_threshold`. None before anything was learned."""
+    for said in health.values():
+        try:
+            threshold = float(f"{float(said.values['doubt_threshold']):.4g}")
+        except (KeyError, ValueError):
+            continue
+        if np.isfinite(threshold):
+            return {"on": said.values.get("hint") == "true", "threshold": threshold}
+    return None
 
 
 def _row(

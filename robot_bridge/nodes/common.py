@@ -1,5 +1,6 @@
 """What the nodes share: QoS, stamps, the lifecycle base and the way a process runs one node."""
 
+import array
 import signal
 import sys
 import time
@@ -17,7 +18,9 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from robot_bridge.core.chunking import Rows
 from robot_bridge.dds import use_default_profile
 from trajectory_store.contract import Contract, ContractError, load_contract
 
@@ -54,6 +57,25 @@ def stamp_ns(stamp: Any) -> int:
 
 def set_stamp(stamp: Any, ns: int) -> None:
     stamp.sec, stamp.nanosec = divmod(ns, 1_000_000_000)
+
+
+def chunk_message(contract: Contract) -> JointTrajectory:
+    """A chunk's message; `fill_chunk` puts numbers into it."""
+    message = JointTrajectory(joint_names=list(contract.action.names))
+    points: list[JointTrajectoryPoint] = []
+    for i in range(contract.chunk_horizon):
+        point = JointTrajectoryPoint()
+        set_stamp(point.time_from_start, (i + 1) * contract.dt_ns)
+        points.append(point)
+    message.points = points
+    return message
+
+
+def fill_chunk(message: JointTrajectory, stamp: int, frame_id: str, chunk: Rows) -> None:
+    set_stamp(message.header.stamp, stamp)
+    message.header.frame_id = frame_id
+    for point, row in zip(message.points, chunk, strict=True):
+        point.positions = array.array("d", row.tobytes())
 
 
 def deliver(publisher: Any) -> None:

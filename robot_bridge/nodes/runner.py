@@ -10,15 +10,14 @@ one: `rtc`, `blend`, `off`, or `auto`: off in lockstep, else rtc where the polic
 `rtc_form`, `shadow` (a candidate beside the active policy: a folder, a version, or `newest`; with a
 registry `~/set_parameters` changes it at run time, to a version, `newest` or nothing),
 `shadow_log` (a file), `inference_timeout_s`, `insight_every` (the policy's doubt and its critic's
-value, of every k-th chunk, in /diagnostics; 0: off) and `insight_samples` (chunks to tell the doubt
-from).
+value, of every k-th chunk, in /diagnostics; 0: off), `insight_samples` (chunks to tell the doubt
+from) and `takeovers` (a file that keeps the doubts at takeovers, for the threshold of the hint).
 
 Inference runs in a thread of its own. A policy that raises, or returns NaN or a wrong shape, is
 reported by an empty chunk whose frame_id says why, on which the arbiter holds. One that hangs is
 reported in the same way, and the process ends, to be started again: nothing else frees a thread.
 """
 
-import array
 import faulthandler
 import json
 import math
@@ -37,7 +36,7 @@ from rclpy.duration import Duration
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+from trajectory_msgs.msg import JointTrajectory
 
 from robot_bridge.core.align import CLOCK_JUMP_NS, Aligned, Aligner
 from robot_bridge.core.chunking import Question, Rows, Seam, ask
@@ -45,11 +44,14 @@ from robot_bridge.core.chunks import POLICY_ERROR
 from robot_bridge.core.events import EventError, EventType, parse_event
 from robot_bridge.core.latency import Latency
 from robot_bridge.core.modes import Mode
+from robot_bridge.core.takeovers import Takeovers
 from robot_bridge.nodes.common import (
     STEADY,
     CellNode,
     UserError,
     best_effort,
+    chunk_message,
+    fill_chunk,
     latched,
     monotonic_s,
     reliable,
@@ -112,6 +114,7 @@ class RunnerNode(CellNode):
         self._shadow = text("shadow")
         self._insight_every = int(self.declare_parameter("insight_every", 0).value or 0)
         self._insight_samples = int(self.declare_parameter("insight_samples", 4).value or 0)
+        self._takeovers = Takeovers(self.contract, text("takeovers"))
         log = text("shadow_log")
         self._shadow_log = Path(log) if log else None
         self._versions = Versions(
@@ -142,7 +145,9 @@ class RunnerNode(CellNode):
             every=self._insight_every,
             samples=self._insight_samples,
             steps=self.contract.execute_steps,
+            takeovers=self._takeovers,
         )
+        self._unsure = False
         self._probes: list[Probe] = []
         self._aligner = Aligner(self.contract, capacity=64)
         self._mode = Mode.HOLD
@@ -177,7 +182,7 @@ class RunnerNode(CellNode):
             JointTrajectory, "policy/shadow_chunk", reliable(1)
         )
         self._shadow_publisher = self.create_publisher(String, "policy/shadow", reliable(10))
-        self._message = self._chunk_message()
+        self._message = chunk_message(self.contract)
         self._streams = Streams(
             self,
             self.contract,
@@ -259,6 +264,8 @@ class RunnerNode(CellNode):
         # A policy on another machine says how much of that was the wire.
         values |= getattr(self._loaded.policy, "wire_ms", {})
         values |= self._scout.diagnose() | self._insight.diagnose()
+        if "doubt" in values:
+            values["hint"] = "true" if self._unsure else "false"
         if self._scout.refusal:
             return DiagnosticStatus.WARN, self._scout.refusal, values
         level = DiagnosticStatus.ERROR if self._last_error else DiagnosticStatus.OK
@@ -278,11 +285,15 @@ class RunnerNode(CellNode):
         self._maybe_infer()
 
     def _on_state(self, message: DiagnosticStatus) -> None:
+        before = self._mode
         for pair in message.values:
             if pair.key == "mode":
                 self._mode = Mode(pair.value)
             elif pair.key == "fresh_ns":
                 self._fresh_ns = int(pair.value)
+        if (before, self._mode) == (Mode.POLICY, Mode.HUMAN):  # which only a person can ask for
+            self._insight.took_over(self._fresh_ns)
+        self._hint()
         self._maybe_infer()
 
     def _on_event(self, message: String) -> None:
@@ -397,7 +408,7 @@ class RunnerNode(CellNode):
             return  # it answered after all, but the arbiter was told otherwise
         self._chunk_id += 1
         self._last_error = ""
-        self._fill(self._message, stamp, f"{loaded.version}#{self._chunk_id}", chunk)
+        fill_chunk(self._message, stamp, f"{loaded.version}#{self._chunk_id}", chunk)
         self._chunk_publisher.publish(self._message)
         self._sent_s = monotonic_s()
         self._seam.sent(stamp, chunk, self._tick_ns)
@@ -412,17 +423,10 @@ class RunnerNode(CellNode):
             loaded, question, chunk, math.inf if self.lockstep else period_s - took_s
         )
 
-    @staticmethod
-    def _fill(message: JointTrajectory, stamp: int, frame_id: str, chunk: Rows) -> None:
-        set_stamp(message.header.stamp, stamp)
-        message.header.frame_id = frame_id
-        for point, row in zip(message.points, chunk, strict=True):
-            point.positions = array.array("d", row.tobytes())
-
     def _say_shadow(self, proposal: Proposal, version: int, chunk: Rows, text: str) -> None:
         """From the shadow's thread."""
-        message = self._chunk_message()
-        self._fill(message, proposal.question.stamp_ns, f"{version}#{proposal.chunk_id}", chunk)
+        message = chunk_message(self.contract)
+        fill_chunk(message, proposal.question.stamp_ns, f"{version}#{proposal.chunk_id}", chunk)
         self._shadow_chunk_publisher.publish(message)
         self._shadow_publisher.publish(String(data=text))
 
@@ -439,17 +443,15 @@ class RunnerNode(CellNode):
 
     def _on_done(self) -> None:
         self._maybe_swap()
+        self._hint()
         self._maybe_infer()
 
-    def _chunk_message(self) -> JointTrajectory:
-        message = JointTrajectory(joint_names=list(self.contract.action.names))
-        points: list[JointTrajectoryPoint] = []
-        for i in range(self.contract.chunk_horizon):
-            point = JointTrajectoryPoint()
-            set_stamp(point.time_from_start, (i + 1) * self.contract.dt_ns)
-            points.append(point)
-        message.points = points
-        return message
+    def _hint(self) -> None:
+        """Says at once, and not with the next second, that the policy became unsure or sure."""
+        unsure = self._mode is Mode.POLICY and self._insight.unsure(self._fresh_ns)
+        if unsure != self._unsure:
+            self._unsure = unsure
+            self._diagnostics.publish()
 
     # Versions
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 from robot_bridge.core.chunking import Question, ask
+from robot_bridge.core.takeovers import Takeovers
 from robot_bridge.nodes.insight import Insight
 from robot_bridge.nodes.versions import Loaded
 from trajectory_store.contract import Contract
@@ -20,6 +21,12 @@ from .test_real_time import LiveArm
 
 STD = 0.2
 """Of the actions that the flow policy is told it was trained on, in rad."""
+
+
+def looking(*, every: int, samples: int, file: Path | str = "") -> Insight:
+    return Insight(
+        every=every, samples=samples, steps=4, takeovers=Takeovers(arm(), str(file or ""))
+    )
 
 
 class Wavering:
@@ -42,7 +49,7 @@ class TestInsight:
         return Loaded(policy, 3, {})
 
     def test_it_looks_at_every_k_th_chunk(self):
-        insight, loaded = Insight(every=3, samples=4, steps=4), self.loaded()
+        insight, loaded = looking(every=3, samples=4), self.loaded()
         seen = []
         for _ in range(6):
             insight.look(loaded, self.question, self.chunk, math.inf)
@@ -52,14 +59,14 @@ class TestInsight:
         assert float(insight.diagnose()["doubt"]) == pytest.approx(0.25 * math.sqrt(2), abs=1e-5)
 
     def test_off_it_says_nothing(self):
-        insight = Insight(every=0, samples=4, steps=4)
+        insight = looking(every=0, samples=4)
         insight.look(self.loaded(), self.question, self.chunk, math.inf)
         assert insight.diagnose() == {}
 
     def test_it_leaves_out_what_there_is_no_time_for(self, monkeypatch: pytest.MonkeyPatch):
         now = [0.0]
         monkeypatch.setattr("robot_bridge.nodes.insight.monotonic_s", lambda: now[0])
-        insight, loaded = Insight(every=1, samples=2, steps=4), self.loaded()
+        insight, loaded = looking(every=1, samples=2), self.loaded()
 
         def slowly(*arguments: Any) -> np.ndarray:
             now[0] += 0.3
@@ -75,13 +82,84 @@ class TestInsight:
         assert now[0] == 0.6
 
     def test_a_policy_that_cannot_be_asked_for_samples_is_no_failure(self):
-        insight = Insight(every=1, samples=2, steps=4)
+        insight = looking(every=1, samples=2)
         policy: Any = object()
         insight.look(Loaded(policy, 1, {}), self.question, self.chunk, math.inf)
         assert "act_batch" in insight.diagnose()["insight_problem"]
+        insight.took_over(0)
+        assert "doubt_threshold" not in insight.diagnose()
+
+    def test_only_a_doubt_of_the_stretch_that_a_person_ended_is_learned_from(self):
+        insight, loaded = looking(every=2, samples=2), self.loaded()
+
+        def at(stamp_ns: int) -> None:
+            question = Question(stamp_ns, self.question.observation, "reach", seed=7)
+            insight.look(loaded, question, self.chunk, math.inf)
+
+        insight.took_over(0)
+        at(100)
+        at(200)
+        insight.took_over(201)  # the policy resumed after it
+        assert "doubt_threshold" not in insight.diagnose()
+        insight.took_over(200)
+        said = insight.diagnose()
+        assert said["doubt_threshold"] == said["doubt"]
+        assert said["doubt_takeovers"] == 1
+        assert not insight.unsure(200)  # as much as people let pass
+        Wavering.spread, before = 0.6, Wavering.spread
+        try:
+            at(300)
+            at(400)
+            assert insight.unsure(200)
+            assert not insight.unsure(401)
+            loaded.policy.act_batch = None  # pyright: ignore[reportAttributeAccessIssue]
+            for stamp in range(500, 1000, 100):  # two looks fail, and one chunk more
+                at(stamp)
+                assert insight.unsure(200)
+            at(1000)
+            assert not insight.unsure(200)  # too long ago
+        finally:
+            Wavering.spread = before
 
 
-def flow_checkpoint(folder: Path, contract: Contract) -> Path:
+@pytest.mark.ros
+def test_the_hint_is_learned_and_outlives_the_runner_and_the_version(tmp_path: Path):
+    """Flow policies through PyTorch, whose samples differ by the spread of the actions."""
+    import torch
+
+    from vla_post.export import load_policy
+
+    contract = arm()
+    question = Question(5, {"observation.state": np.zeros(2, np.float32)}, "reach", seed=7)
+    chunk, file = np.zeros((8, 2)), tmp_path / "doubt.json"
+
+    def look(insight: Insight, std: float, version: int) -> float:
+        torch.manual_seed(0)  # the same weights; only the actions' spread differs
+        folder = flow_checkpoint(tmp_path / str(version), contract, std)
+        policy = load_policy(folder)
+        insight.look(Loaded(policy, version, {}, folder), question, chunk, math.inf)
+        policy.close()
+        said = insight.diagnose()
+        assert "insight_problem" not in said
+        return float(said["doubt"])
+
+    insight = looking(every=1, samples=4, file=file)
+    usual = look(insight, STD, 1)
+    insight.took_over(0)
+    assert not insight.unsure(0)
+    wide = look(insight, 2 * STD, 2)
+    assert wide == pytest.approx(4 * usual, rel=1e-3)
+    assert insight.unsure(0)
+
+    restarted = looking(every=1, samples=4, file=file)
+    assert float(restarted.diagnose()["doubt_threshold"]) == pytest.approx(usual, rel=1e-5)
+    look(restarted, STD / 2, 3)
+    assert not restarted.unsure(0)
+    look(restarted, 2 * STD, 4)
+    assert restarted.unsure(0)
+
+
+def flow_checkpoint(folder: Path, contract: Contract, std: float = STD) -> Path:
     """Random weights: what it does is its noise. Its critic's heads say 2.5 and 1.5, always."""
     size = contract.action.size
     from safetensors.torch import save_file
@@ -94,7 +172,7 @@ def flow_checkpoint(folder: Path, contract: Contract) -> Path:
     statistics = {
         key: {
             "mean": np.zeros(size, np.float32),
-            "std": np.full(size, STD, np.float32),
+            "std": np.full(size, std, np.float32),
             "min": -np.ones(size, np.float32),
             "max": np.ones(size, np.float32),
         }

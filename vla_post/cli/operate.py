@@ -96,6 +96,12 @@ class Operate:
                     "operator": state.operator,
                     "policy": dict(client.policy),
                     "episode": client.episode and dict(client.episode),
+                    "doubt": {
+                        key: health.values[key]
+                        for health in client.health.values()
+                        for key in ("doubt", "doubt_threshold", "hint")
+                        if key in health.values
+                    },
                     "shadow": {
                         key.removeprefix("shadow_"): value
                         for health in client.health.values()

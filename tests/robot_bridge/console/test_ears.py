@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from robot_bridge.console.ears import Ears, traces
+from robot_bridge.console.ears import Ears, hint, traces
 from robot_bridge.snapshots import Health
 
 from .testbed import arm
@@ -77,3 +77,19 @@ def test_traces_are_what_nodes_publish_as_numbers():
         "/cell/critic": Health(0, "", {"advantage": "-1.5"}, 1.0),
     }
     assert traces(health) == {"doubt": 0.25, "advantage": -1.5}
+
+
+def test_the_hint_is_of_the_node_that_has_a_threshold():
+    said = {"doubt": "0.00031234", "doubt_threshold": "0.000256789", "hint": "true"}
+    health = {
+        "/cell/arbiter": Health(0, "", {}, 1.0),
+        "/cell/runner": Health(0, "", said, 1.0),
+    }
+    assert hint(health) == {"on": True, "threshold": 0.0002568}
+    assert traces(health) == {"doubt": 0.0003123}  # digits, not places: doubts are small squares
+    assert hint({"/cell/runner": Health(0, "", said | {"hint": "false"}, 1.0)}) == {
+        "on": False,
+        "threshold": 0.0002568,
+    }
+    assert hint({"/cell/runner": Health(0, "", {"doubt": "0.3", "hint": "false"}, 1.0)}) is None
+    assert hint({"/cell/runner": Health(0, "", {"doubt_threshold": "much"}, 1.0)}) is None

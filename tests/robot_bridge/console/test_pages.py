@@ -1,6 +1,8 @@
 """What the console's pages show of real cells, in a real browser."""
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 
 pytest.importorskip("rclpy")
 pytest.importorskip("playwright")
+
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from .operator_page import CELL
 from .testbed import until
@@ -270,6 +274,84 @@ def test_pictures_of_every_page_in_both_themes(person: Any, tmp_path: Path):
         assert ann.page.evaluate("() => document.documentElement.scrollWidth") <= 820, page
     ann.page.click("[data-page=live]")
     picture("tablet")
+
+
+def test_a_policy_that_doubts_more_than_people_let_pass_is_a_hint(
+    person: Any, site: Any, tmp_path: Path
+):
+    folder = Path(os.environ.get("VLA_POST_SCREENSHOTS") or tmp_path)
+    kept = site.folder / "stores" / f".{CELL}.doubt.json"
+    ann = person(color_scheme="light").ready().take().start()
+    hint = "() => window.vlaConsole.live.state.hint"
+
+    def doubts() -> list[float]:
+        if not kept.exists():
+            return []
+        return [row["doubt"] for row in json.loads(kept.read_text())["takeovers"]]
+
+    def taken_over(least: float) -> bool:
+        ann.insist(lambda: ann.page.keyboard.press("p"), ".banner[data-mode=POLICY]")
+        ann.page.wait_for_function("() => 'doubt' in window.vlaConsole.live.state.traces")
+        ann.hold()
+        ann.page.keyboard.up("Space")
+        ann.mode("HOLD")
+        return max(doubts(), default=0.0) > least
+
+    until(lambda: taken_over(0.0), "a takeover while the policy drove")
+    ann.page.wait_for_function(f"({hint})() !== null")
+    ann.do("cancel")
+    ann.page.wait_for_function("() => !window.vlaConsole.live.state.episode")
+    usual = ann.page.evaluate(hint)["threshold"]
+    assert usual == pytest.approx(max(doubts()), rel=1e-3)
+
+    ann.page.fill("[data-do=instruction]", "A doubtful thing")
+    ann.start()
+
+    def unsure(page: str, look: str) -> Any:
+        """One look while the hint is on; a busy machine may stop the policy in between."""
+        ann.page.click("[data-page=live]")
+        ann.insist(lambda: ann.page.keyboard.press("p"), ".hint[data-on]")
+        ann.page.click(f"[data-page={page}]")
+        try:
+            return ann.page.wait_for_function(look, arg=CELL, timeout=5000).json_value()
+        except PlaywrightTimeout:
+            return None
+
+    look = """() => {
+        const { hint, unsure, unsureWhy, thresholdText, state } = window.vlaConsole.live;
+        const word = hint.querySelector('[role=status][aria-live=polite]').textContent;
+        return hint.dataset.on === '' && word === unsure.textContent && {
+            word, why: unsureWhy.textContent, mode: state.mode, doubt: state.traces.doubt,
+            line: thresholdText.isConnected && thresholdText.textContent,
+        };
+    }"""
+    found = until(lambda: unsure("live", look), "the hint on the live page")
+    assert found["word"] == "The policy is unsure."
+    told = re.fullmatch(r"Doubt (.+); people took over at (.+)\.", found["why"])
+    assert told is not None
+    doubt, threshold = told.groups()
+    assert float(doubt) == pytest.approx(found["doubt"], rel=0.05)
+    assert float(threshold) == pytest.approx(usual, rel=0.05)
+    assert found["line"] == f"dashed: people took over at {threshold}"
+    assert found["mode"] == "POLICY"  # a hint drives nothing
+    for scheme in ("light", "dark"):
+        ann.page.emulate_media(color_scheme=scheme)
+        ann.page.screenshot(path=folder / f"console_hint_{scheme}.png", full_page=True)
+    look = """(cell) => {
+        const card = document.querySelector('.fleet-card:first-child[data-unsure]');
+        const said = document.querySelector('.page > [role=status][aria-live=polite]').textContent;
+        return card?.dataset.cell === cell && [said, card.textContent];
+    }"""
+    said, card = until(lambda: unsure("fleet", look), "the hint on the fleet page")
+    ann.page.screenshot(path=folder / "console_hint_fleet_dark.png")
+    assert said == f"Unsure: {CELL}."
+    assert "works by itself, but is unsure" in card
+    ann.page.click("[data-page=live]")
+    until(lambda: taken_over(10 * usual), "a takeover of the unsure policy")
+    ann.page.wait_for_selector(".hint:not([data-on])", state="attached")
+    assert ann.page.text_content(".hint") == ""
+    assert ann.page.evaluate(hint)["threshold"] > usual
+    ann.do("cancel")
 
 
 def test_charts_follow_the_theme(person: Any):

@@ -179,7 +179,8 @@ class Testbed:
         )
         for i, spec in enumerate(specs):
             if spec.name == "runner" and self.runner is None:
-                specs[i] = dataclasses.replace(spec, module="wave_runner")
+                more = dict(spec.parameters) | {"insight_every": 1}
+                specs[i] = dataclasses.replace(spec, module="wave_runner", parameters=more)
             elif spec.name == "runner":
                 more = dict(spec.parameters) | dict(self.runner or {})
                 specs[i] = dataclasses.replace(spec, parameters=more)

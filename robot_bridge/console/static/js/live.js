@@ -55,13 +55,18 @@ export class Live {
     this.since = h("span", { class: "mode-since" });
     this.live = h("div", { class: "visually-hidden", role: "status", "aria-live": "assertive" });
     this.facts = h("dl", { class: "facts" });
+    // Said politely: nothing happens by itself. The numbers, which change all the time, are not said.
+    this.unsure = h("span", { class: "hint-word", role: "status", "aria-live": "polite" });
+    this.unsureWhy = h("span", { class: "hint-why" });
+    this.hint = h("div", { class: "hint" }, this.unsure, this.unsureWhy);
     this.banner = h("section", { class: "banner", "aria-label": t("control.title") },
       h("div", { class: "mode" }, h("span", { class: "mode-icon", "aria-hidden": "true" }), this.mode, this.since),
-      h("div", { class: "mode-text" }, this.says, this.reason), this.facts);
+      h("div", { class: "mode-text" }, this.says, this.reason), this.hint, this.facts);
     this.timeline = h("canvas", { class: "timeline", role: "img", "aria-label": t("timeline.title") });
     this.timelineText = h("span", { class: "note" });
     this.traceBox = h("section", { class: "card", hidden: true }, h("h2", {}, t("traces.title")));
     this.traceCanvases = new Map();
+    this.thresholdText = h("span", { class: "note", "data-threshold": "" });
     this.streams = h("tbody");
     this.nodes = h("ul", { class: "nodes" });
     this.events = h("ol", { class: "events" });
@@ -212,6 +217,7 @@ export class Live {
     say(this.reason, mode === "OFF" ? "" : detail);
     say(this.live, `${t(`mode.${mode}`)}. ${says} ${mode === "OFF" ? "" : detail}`);
     this.showFacts(state);
+    this.showHint(state);
     this.showLease(state);
     this.showEpisode(state);
     this.showClutch(state);
@@ -241,6 +247,15 @@ export class Live {
       this.factText = text;
       fill(this.facts, rows.map((row) => h("dd", {}, row)));
     }
+  }
+
+  showHint(state) {
+    const on = Boolean(state.online && state.unsure);
+    attribute(this.hint, "data-on", on);
+    say(this.unsure, on ? t("hint.unsure") : "");
+    const numbers = { doubt: short(state.traces?.doubt), threshold: short(state.hint?.threshold) };
+    say(this.unsureWhy, on ? t("hint.why", numbers) : "");
+    say(this.thresholdText, state.hint ? t("trace.threshold", numbers) : "");
   }
 
   showLease(state) {
@@ -346,7 +361,7 @@ export class Live {
       this.traces.set(name, []);
       const canvas = h("canvas", { class: "trace", role: "img", "aria-label": t(`trace.${name}`) });
       this.traceCanvases.set(name, canvas);
-      this.traceBox.append(h("h3", {}, t(`trace.${name}`)), canvas);
+      this.traceBox.append(h("div", { class: "card-head" }, h("h3", {}, t(`trace.${name}`)), name === "doubt" && this.thresholdText), canvas);
       this.traceBox.hidden = false;
     }
     const points = this.traces.get(name);
@@ -371,7 +386,12 @@ export class Live {
     this.drawTimeline(now);
     for (const [name, points] of this.traces) {
       const end = points[points.length - 1][0];
-      chart(this.traceCanvases.get(name), { series: [{ points: points.map(([x, y]) => [x - end, y]), colour: colour("accent") }], xRange: [-TRACE_S, 0] });
+      const series = [{ points: points.map(([x, y]) => [x - end, y]), colour: colour("accent") }];
+      if (name === "doubt" && state.hint) {
+        const { threshold } = state.hint;
+        series.push({ points: [[-TRACE_S, threshold], [0, threshold]], colour: colour("warn-ink"), dash: [6, 4] });
+      }
+      chart(this.traceCanvases.get(name), { series, xRange: [-TRACE_S, 0] });
     }
   }
 

@@ -13,6 +13,8 @@ import { t } from "./strings.js";
 
 const root = document.getElementById("app");
 const PAGES = ["live", "episodes", "learner", "fleet", "keys"];
+// A hint stays for so long after the doubt fell, so that it can be read and is not said at every chunk.
+const HINT_S = 3;
 
 class App {
   constructor() {
@@ -24,6 +26,7 @@ class App {
     this.cells = [];
     this.cell = null;
     this.states = new Map();
+    this.hinted = new Map();
     this.mine = false;
     this.page = "";
     this.limits = {};
@@ -208,6 +211,11 @@ class App {
   }
 
   onState(state) {
+    const now = performance.now() / 1e3;
+    const driving = state.online && state.mode === "POLICY";
+    if (!driving) this.hinted.delete(state.cell);
+    else if (state.hint?.on) this.hinted.set(state.cell, now);
+    state.unsure = now - (this.hinted.get(state.cell) ?? -Infinity) < HINT_S;
     this.states.set(state.cell, state);
     if (state.cell === this.cell?.cell) this.live.show(state);
     this.pages.fleet.changed();
