@@ -7,8 +7,9 @@ launch_ros nodes.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from robot_bridge.bringup import CellConfig, NodeSpec, cell_nodes
+from robot_bridge.bringup import CellConfig, NodeSpec, Value, cell_nodes
 from trajectory_store.contract import load_contract
+from trajectory_store.repository import normalise
 
 HIGHEST_DOMAIN = 101
 """Above it, DDS needs ports that the kernel also hands out to others."""
@@ -20,7 +21,7 @@ class FleetConfig:
 
     cell: CellConfig
     """What runs on each; `store`, `bag`, `events_log` and `shadow_log` are folders here, with an
-    entry for each cell."""
+    entry for each cell. `console` is one for all of them."""
     cells: int = 2
     operators: int = 0
     """People who share the cells: takeovers queue. 0, or as many as cells: everybody has one."""
@@ -47,6 +48,12 @@ class FleetConfig:
                 raise ValueError(
                     "operators who share cells need all of them in one ROS domain; drop "
                     "first_domain, or give every cell an operator"
+                )
+            if self.cell.console is not None and self.cells > 1:
+                raise ValueError(
+                    f"a console sees one ROS domain, and first_domain gives the {self.cells} cells "
+                    "one each; leave the console out (console:=false, --no-console), or drop "
+                    "first_domain"
                 )
 
     @property
@@ -84,6 +91,7 @@ def fleet_nodes(config: FleetConfig) -> list[NodeSpec]:
             config.cell,
             namespace=namespace,
             operator=operator,
+            console=None,
             store=own(config.cell.store),
             bag=own(config.cell.bag),
             events_log=own(config.cell.events_log, ".jsonl"),
@@ -107,4 +115,28 @@ def fleet_nodes(config: FleetConfig) -> list[NodeSpec]:
                 parameters={"operators": config.operators} | figures,
             )
         )
+    if config.cell.console is not None:
+        specs.append(_console(config))
     return specs
+
+
+def _console(config: FleetConfig) -> NodeSpec:
+    """One for all cells."""
+    cell = config.cell
+    shown: dict[str, Value] = {
+        name: normalise(place)
+        for name, place in (("store", cell.store), ("registry", cell.registry))
+        if place is not None
+    }
+    domain = config.first_domain
+    return NodeSpec(
+        name="fleet/console",
+        module="robot_bridge.nodes.console",
+        namespace="/fleet",
+        parameters={"contract": str(cell.contract.resolve()), "cells": config.namespaces}
+        | shown
+        | dict(cell.console or {}),
+        remappings=cell.remappings,
+        environment={} if domain is None else {"ROS_DOMAIN_ID": str(domain)},
+        essential=False,
+    )

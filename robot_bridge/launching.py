@@ -37,7 +37,7 @@ ARGUMENTS: Mapping[str, tuple[str, str]] = {
     "auto_resume": ("false", "true: episodes start with the policy driving"),
     "teleop": ("", "gamepad, spacemouse or leader; empty: no device (keyboard: vla-post teleop)"),
     "teleop_map": ("", "key map (YAML) of that device; empty: its own"),
-    "console": ("true", "false: no web console for the operator"),
+    "console": ("true", "false: no web console for the operator (of a fleet: one for all cells)"),
     "console_port": ("8765", "of the web console, on this computer; the next free one if taken"),
     "namespace": ("", "empty: the contract's cell name"),
     "dds_profile": (LOOPBACK, "loopback (this computer only) or network"),
@@ -99,8 +99,7 @@ def fleet_config(given: Mapping[str, str]) -> FleetConfig:
     """Raises ValueError for what the arguments cannot mean."""
     domain = given.get("first_domain", "")
     return FleetConfig(
-        # One console shows all cells of a fleet: `vla-post console`.
-        cell=cell_config({**given, "console": "false"}, simulated=True),
+        cell=cell_config(given, simulated=True),
         cells=int(given["cells"]),
         operators=int(given["operators"]),
         first_domain=int(domain) if domain else None,

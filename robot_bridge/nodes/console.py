@@ -3,8 +3,9 @@
     python -m robot_bridge.nodes.console --ros-args -r __ns:=/CELL -p contract:=FILE -p store:=PATH
 
 Parameters: `contract`, `store`, `registry`, `metrics`, `host`, `port`, `allow_remote`,
-`token_file`, `address_file`, `nice` (added to the process's niceness). The links with their tokens
-go to `address_file`, never to the log.
+`token_file`, `address_file`, `nice` (added to the process's niceness), `cells` (namespaces of
+several cells with this contract, in this ROS domain; by default the one in the node's own). The
+links with their tokens go to `address_file`, never to the log.
 """
 
 import contextlib
@@ -115,7 +116,10 @@ def main(arguments: list[str] | None = None) -> int:
         if contract is None:
             raise ValueError("no contract; pass `--ros-args -p contract:=FILE`")
         config = ConsoleConfig(
-            cells=(CellAddress(contract=contract, namespace=namespace, remappings=remappings),),
+            cells=tuple(
+                CellAddress(contract=contract, namespace=str(cell), remappings=remappings)
+                for cell in (values.get("cells") or [namespace])
+            ),
             store=path("store"),
             registry=str(values["registry"]) if values.get("registry") else None,
             metrics=path("metrics"),

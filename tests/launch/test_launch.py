@@ -1,3 +1,4 @@
+# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false
 """Executes the launch files against a recording stand-in of `launch` and `launch_ros`.
 
 The stand-in has the classes that the files use, with their real signatures; the files, the shared
@@ -239,13 +240,14 @@ def test_a_fleet_has_a_namespace_a_clock_and_a_store_for_each_cell(ros2_launch, 
             policy=tmp_path,
             store=tmp_path / "stores",
             operator={"episodes": 4},
+            console={"port": 8765},
         ),
         cells=3,
         operators=2,
     )
     specs = fleet_nodes(config)
     assert [f"{n.namespace}/{n.name}" for n in started] == [f"/{s.name}" for s in specs]
-    assert len(started) == 3 * 6 + 1
+    assert len(started) == 3 * 6 + 2  # the attention of the operators, and one console
     for node, spec in zip(started, specs, strict=True):
         assert node.executable == spec.name.rpartition("/")[2]
         assert node.parameters == [dict(spec.parameters)]
@@ -260,11 +262,36 @@ def test_a_fleet_has_a_namespace_a_clock_and_a_store_for_each_cell(ros2_launch, 
     operators = [n for n in started if n.name == "operator"]
     assert [n.parameters[0]["seed"] for n in operators] == [0, 10_000, 20_000]
     assert all(n.parameters[0]["shared_attention"] for n in operators)
-    assert started[-1].parameters == [{"operators": 2}]
+    assert started[-2].parameters == [{"operators": 2}]
+    (console,) = [n for n in started if n.name == "console"]
+    assert console.parameters == [
+        {
+            "contract": str(CONTRACT),
+            "cells": config.namespaces,
+            "store": str(tmp_path / "stores"),
+            "port": 8765,
+        }
+    ]
+    assert console.namespace == "/fleet"
+
+
+def test_a_fleet_without_a_console(ros2_launch, tmp_path):
+    given = {"contract": str(CONTRACT), "policy": str(tmp_path)}
+    executed = ros2_launch("fleet.launch.py", **given, console="false")
+    assert "console" not in {n.name for n in executed if isinstance(n, Node)}
 
 
 def test_a_fleet_in_domains_of_its_own_cannot_share_operators(ros2_launch, tmp_path):
     given = {"contract": str(CONTRACT), "policy": str(tmp_path), "episodes": "1"}
+    with pytest.raises(ValueError, match=r"one ROS domain.*console:=false"):
+        ros2_launch("fleet.launch.py", **given, first_domain="40")
+    (one,) = [
+        n
+        for n in ros2_launch("fleet.launch.py", **given, first_domain="40", cells="1")
+        if isinstance(n, Node) and n.name == "console"
+    ]
+    assert one.additional_env == {"ROS_DOMAIN_ID": "40"}
+    given["console"] = "false"
     executed = ros2_launch("fleet.launch.py", **given, first_domain="40")
     domains = [(n.namespace, n.additional_env) for n in executed if isinstance(n, Node)]
     assert ("/sawyer_state_1", {"ROS_DOMAIN_ID": "41"}) in domains

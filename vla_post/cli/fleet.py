@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup
+from robot_bridge.bringup import BringupError, CellConfig, ProcessGroup, Value
 from robot_bridge.fleet import HIGHEST_DOMAIN, FleetConfig, fleet_nodes
 from trajectory_store.contract import load_contract
+from vla_post.cli.console import ConsoleLink
 from vla_post.cli.contract import path_of
 from vla_post.cli.errors import UserError
 from vla_post.cli.signals import ends_in_order
@@ -40,6 +41,14 @@ class Fleet:
     """The operators drive whole episodes, as when demonstrations are collected; needs no policy."""
     real_time_factor: float = 1.0
     """Speed of cells that are not in lockstep."""
+    console: bool = False
+    """Serve one web console for all cells while they run; the address is printed. Off by default,
+    because this is a batch run that ends by itself."""
+    console_port: int = 8765
+    """The next free one is used when it is taken; 0 takes any."""
+    insight_every: int = 0
+    """Show the policy's doubt, and its critic's value, of every k-th chunk in the console, and hint
+    when it is more than operators let pass."""
     first_domain: int | None = None
     """Give cell i the ROS domain FIRST_DOMAIN + i, rather than one domain to all."""
     uplink: str = ""
@@ -79,6 +88,8 @@ class Fleet:
                 bag=self.folder / "bags" if self.bag else None,
                 events_log=events,
                 real_time_factor=self.real_time_factor,
+                insight_every=self.insight_every,
+                console=self._console() if self.console else None,
                 operator={
                     "episodes": self.episodes,
                     "seed": self.seed,
@@ -91,6 +102,7 @@ class Fleet:
             figures=figures,
         )
         before = {name: _lines(events / f"{name.strip('/')}.jsonl") for name in config.namespaces}
+        link = ConsoleLink(self._address_file, lambda text: print(text, file=sys.stderr))
         begun = time.monotonic()
         try:
             with (
@@ -98,7 +110,7 @@ class Fleet:
                 ProcessGroup(fleet_nodes(config), log_dir=self.folder / "logs") as group,
             ):
                 print(f"up: {len(group.pids())} processes; Ctrl-C ends them", file=sys.stderr)
-                self._watch(group, {f"{n.strip('/')}/operator" for n in config.namespaces})
+                self._watch(group, link, {f"{n.strip('/')}/operator" for n in config.namespaces})
         except BringupError as error:
             raise UserError(str(error)) from error
         table = {
@@ -120,6 +132,11 @@ class Fleet:
             raise UserError(f"{self.operators} operators for {self.shards} shards; one each")
         if self.first_domain is not None:
             raise UserError("--ray gives every shard a ROS domain of its own; drop --first-domain")
+        if self.console:
+            raise UserError(
+                "--ray spreads the cells over machines and ROS domains, which one console cannot "
+                "see; drop --console"
+            )
         path_of(self.contract)
         begun = time.monotonic()
         parts = [self._part(k) for k in range(self.shards)]
@@ -145,21 +162,36 @@ class Fleet:
         # Cells of one fleet are 10,000 seeds apart.
         words += ["--seed", str(self.seed + 10_000 * (k * self.cells // self.shards))]
         words += ["--real-time-factor", str(self.real_time_factor)]
+        words += ["--insight-every", str(self.insight_every)]
         words += ["--drive"] if self.drive else []
         for name, path in (("--registry", self.registry), ("--policy", self.policy)):
             words += [] if path is None else [name, str(path)]
         first = int(os.environ.get("ROS_DOMAIN_ID", "1"))
         return words, folder, 1 + (first - 1 + k) % HIGHEST_DOMAIN
 
-    def _watch(self, group: ProcessGroup, playing: set[str]) -> None:
+    def _console(self) -> dict[str, Value]:
+        return {"port": self.console_port, "address_file": str(self._address_file.resolve())}
+
+    @property
+    def _address_file(self) -> Path:
+        return self.folder / "logs" / "console.address"
+
+    def _watch(self, group: ProcessGroup, link: ConsoleLink, playing: set[str]) -> None:
         while playing:
+            link.look()
             for ended in group.poll():
                 if ended.name in playing and ended.status == 0:
                     playing.discard(ended.name)
-                elif not ended.restarting:
+                elif not ended.restarting and ended.essential:
                     raise BringupError(
                         f"{ended.name} ended with status {ended.status}, see {ended.log}:\n"
                         + group.last_words(ended.name)
+                    )
+                elif not ended.restarting:
+                    print(
+                        f"{ended.name} ended with status {ended.status}, see {ended.log}; the "
+                        "cells go on without it",
+                        file=sys.stderr,
                     )
             time.sleep(0.1)
 

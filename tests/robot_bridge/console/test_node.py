@@ -19,6 +19,7 @@ pytest.importorskip("starlette")
 import httpx
 
 from robot_bridge.bringup import CellConfig, ProcessGroup, cell_nodes
+from robot_bridge.fleet import FleetConfig, fleet_nodes
 from vla_post.cli.console import ConsoleLink
 
 from ...certificate import self_signed
@@ -60,6 +61,29 @@ def test_it_tells_its_address_privately_takes_another_port_and_ends_in_order(tmp
             assert len(said) == 1
     assert group.returncode("console") == 0
     assert token not in (tmp_path / "logs" / "console.log").read_text()
+
+
+def test_a_fleet_has_one_console_for_all_its_cells(tmp_path: Path):
+    """Its own process; the cells do not run."""
+    address = tmp_path / "console.address"
+    (tmp_path / "cell.yaml").write_text(written(stepping()))
+    console = {"port": 0, "address_file": str(address), "token_file": str(tmp_path / "tokens")}
+    cell = CellConfig(
+        contract=tmp_path / "cell.yaml",
+        policy=tmp_path,
+        store=tmp_path / "stores",
+        console=console,
+    )
+    specs = fleet_nodes(FleetConfig(cell=cell, cells=3))
+    (spec,) = [spec for spec in specs if spec.module == "robot_bridge.nodes.console"]
+    with ProcessGroup([spec], log_dir=tmp_path / "logs") as group:
+        until(lambda: address.exists() or group.poll(), "the address")
+        base, _, token = address.read_text().split()[0].partition("/#token=")
+        headers = {"authorization": f"Bearer {token}"}
+        until(lambda: httpx.get(base).status_code == 200, "the page")
+        cells = httpx.get(f"{base}/api/cells", headers=headers).json()["cells"]
+        assert [c["cell"] for c in cells] == ["sawyer_state_0", "sawyer_state_1", "sawyer_state_2"]
+        assert httpx.get(f"{base}/api/episodes", headers=headers).json()["total"] == 0
 
 
 def test_tls_from_the_command_line_to_the_browser(tmp_path: Path, chrome: Any):

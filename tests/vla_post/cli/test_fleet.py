@@ -1,3 +1,4 @@
+# pyright: reportMissingParameterType=false
 """`vla-post fleet` with real processes: two cells, one operator."""
 
 import json
@@ -41,11 +42,20 @@ def test_two_cells_share_an_operator_and_both_get_their_episodes(tmp_path, capsy
     assert (starts[0] != starts[1]).any()
 
 
-def test_mistakes_are_one_line(capsys):
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for words, problem in [
         (["--contract", "so101"], "no simulated cell"),
         (["--contract", CONTRACT], "pass --registry or --policy, or --drive"),
         (["--contract", CONTRACT, "--drive", "--cells", "0"], "cells is 0"),
+        (
+            ["--contract", CONTRACT, "--drive", "--console", "--first-domain", "3"],
+            "a console sees one ROS domain",
+        ),
+        (
+            ["--contract", CONTRACT, "--drive", "--console", "--ray", "local"],
+            "which one console cannot see; drop --console",
+        ),
     ]:
         with pytest.raises(SystemExit) as caught:
             main(["fleet", *words])
