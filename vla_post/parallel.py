@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others before it gives up."""
@@ -68,8 +69,12 @@ def share(draw: Callable[[int], Tensor], rows: int) -> Tensor:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """One all-reduce over all of them; what no process has a gradient for keeps none."""
-    if world() == 1:
+    """One all-reduce over all of them; what no process has a gradient for keeps none.
+
+    Those of sharded parameters are averaged already, by FSDP (`vla_post.sharding`).
+    """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if world() == 1 or not parameters:
         return
     device = parameters[0].device
     has = torch.tensor([p.grad is not None for p in parameters], device=device).int()

@@ -38,6 +38,7 @@ from vla_post.learners.class_weights import (
 )
 from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
 from vla_post.learners.weighting import effective_sample_size
+from vla_post.sharding import Shards
 
 SUPERVISED = (Source.HUMAN, Source.SCRIPTED)
 """Who is worth imitating: a person who took over, and whoever gave the demonstrations."""
@@ -131,6 +132,9 @@ class HgDagger:
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         return {}
+
+    def adopt(self, shards: Shards) -> None:
+        self.optimizer.adopt(shards)
 
     def update(self, batch: Batch) -> Metrics:
         """One optimiser step; see `Learner`."""

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vla_post import parallel
 from vla_post.batch import Algorithm, Metrics, NonFiniteLoss
+from vla_post.sharding import Shards, placed, shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,24 @@ class GuardedAdamW:
         self.parameters = list(parameters)
         self.config = config
         self.updates = 0
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
+        self.adamw = self._over([self.parameters])
+
+    def _over(self, groups: Sequence[Sequence[nn.Parameter]]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            [{"params": group} for group in groups],
+            lr=self.config.learning_rate,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
             fused=True,
         )
+
+    def adopt(self, shards: Shards) -> None:
+        """Goes on with the parameters of a policy that has been sharded; before the first step."""
+        self.parameters = [shards.get(p, p) for p in self.parameters]
+        parts = [p for p in self.parameters if isinstance(p, DTensor)]
+        rest = [p for p in self.parameters if not isinstance(p, DTensor)]
+        # In groups of their own: one kernel does not take both.
+        self.adamw = self._over([group for group in (rest, parts) if group])
 
     def step(self, loss: Float[Tensor, ""], rate_scale: float = 1.0) -> Metrics:
         """One step against the gradient of `loss`.
@@ -79,11 +92,37 @@ class GuardedAdamW:
 
     def clip(self) -> Float[Tensor, ""]:
         """Shortens the gradient to `max_grad_norm`; returns its length before."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        return shorten(self.parameters, self.config.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "optimizer": self.adamw.state_dict()}
+        """The same whether sharded or not, but for the tensors."""
+        found, order = self.adamw.state_dict(), self._order()
+        group = found["param_groups"][0] | {"params": list(range(len(order)))}
+        state = {order[number]: entry for number, entry in found["state"].items()}
+        return {
+            "updates": self.updates,
+            "optimizer": {"state": state, "param_groups": [group]},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = int(state["updates"])
-        self.adamw.load_state_dict(state["optimizer"])
+        saved, order = state["optimizer"], self._order()
+        entries = {
+            number: {
+                # Moments are as their weight is; the number of steps is a number.
+                key: placed(value, self.parameters[place]) if value.ndim else value
+                for key, value in saved["state"][place].items()
+            }
+            for number, place in enumerate(order)
+            if place in saved["state"]
+        }
+        groups = [
+            saved["param_groups"][0] | {"params": group["params"]}
+            for group in self.adamw.state_dict()["param_groups"]
+        ]
+        self.adamw.load_state_dict({"state": entries, "param_groups": groups})
+
+    def _order(self) -> list[int]:
+        """Place among `parameters` of each parameter of AdamW, in its order."""
+        places = {id(p): place for place, p in enumerate(self.parameters)}
+        return [places[id(p)] for group in self.adamw.param_groups for p in group["params"]]

@@ -20,6 +20,7 @@ from vla_post.learners.hg_dagger import HgDaggerConfig
 from vla_post.learners.transition import TransitionScorer
 from vla_post.learners.transition_math import TransitionConfig
 from vla_post.learners.weighting import effective_sample_size
+from vla_post.sharding import Shardable, Shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,14 @@ class Ptr:
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         return {**self.base.modules, "transition": self.scorer}
+
+    def adopt(self, shards: Shards) -> None:
+        if not isinstance(self.base, Shardable):
+            raise ValueError(
+                f"PTR on {type(self.base).__name__} does not train a sharded policy; take a base "
+                "of HG-DAgger or RECAP, or leave --shard out"
+            )
+        self.base.adopt(shards)
 
     def update(self, batch: Batch) -> Metrics:
         """One update of scorer and base; see `Learner`."""

@@ -54,6 +54,7 @@ from vla_post.critics.saved import CriticMissing
 from vla_post.learners.optimisation import GradientAlgorithm, GuardedAdamW
 from vla_post.learners.weighting import commanded_steps, weighted_flow_loss
 from vla_post.policies.indicator import Guidance, Indicator, with_indicator
+from vla_post.sharding import Shards
 
 OTHERS = "(other instructions)"
 VALUE_FILE = "value.safetensors"
@@ -276,6 +277,9 @@ class Recap:
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         return {"value": self.value}
+
+    def adopt(self, shards: Shards) -> None:
+        self.optimizer.adopt(shards)
 
     def update(self, batch: Batch) -> Metrics:
         """Value and policy on one batch; see `Learner`."""

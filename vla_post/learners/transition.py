@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trajectory_store import Contract
 from vla_post import parallel
@@ -42,6 +43,7 @@ from vla_post.learners.transition_math import (
     unit,
 )
 from vla_post.learners.weighting import effective_sample_size
+from vla_post.sharding import complete
 
 SCORERS = 2
 """K: one for each half of the episodes."""
@@ -373,8 +375,15 @@ class TransitionScorer(nn.Module):
         """Eq. P3: the target encoder moves towards the policy's."""
         if self.config.ema_decay == 1.0:
             return
+        source = self._source[0].state_dict()
+        if any(isinstance(its, DTensor) for its in source.values()):
+            # One at a time: the policy is sharded so that its weights need not all be here at once.
+            for name, mine in self.target.state_dict().items():
+                if mine.is_floating_point():
+                    mine.lerp_(complete(source[name]), 1.0 - self.config.ema_decay)
+            return
         if self._pairs is None:
-            mine, its = self.target.state_dict(), self._source[0].state_dict()
+            mine, its = self.target.state_dict(), source
             moving = [name for name, t in mine.items() if t.is_floating_point()]
             self._pairs = [mine[name] for name in moving], [its[name] for name in moving]
         if self._pairs[0]:

@@ -31,6 +31,7 @@ from vla_post.policies.indicator import Guidance, Indicator, extrapolated, with_
 from vla_post.policies.lora import LoraConfig, add_lora, merge_lora
 from vla_post.policies.pi_tiny import pi_parts
 from vla_post.policies.rtc import RtcConfig, guided, prefix_weights
+from vla_post.sharding import local, placed
 
 VLM_FOLDER = "vlm"
 """Inside a checkpoint: tokenizer and sizes of a vision-language model, else taken from a hub."""
@@ -557,11 +558,16 @@ def load_weights(module: nn.Module, folder: Path) -> None:
                 name if name.startswith("model.") else f"model.{name}": value
                 for name, value in fixed.items()
             }
+        own = module.state_dict(keep_vars=True)
+        weights = {
+            name: placed(value, own[name]) if name in own else value
+            for name, value in weights.items()
+        }
         missing, unexpected = module.load_state_dict(weights, strict=False)
         # lerobot stores tied weights once: what shares memory with a loaded tensor has its values.
-        own = module.state_dict(keep_vars=True)
-        loaded = {own[name].data_ptr() for name in own.keys() & weights.keys()}
-        missing = [name for name in missing if own[name].data_ptr() not in loaded]
+        memory = {name: local(tensor.detach()).data_ptr() for name, tensor in own.items()}
+        loaded = {memory[name] for name in own.keys() & weights.keys()}
+        missing = [name for name in missing if memory[name] not in loaded]
         if missing or unexpected:
             raise RuntimeError(
                 f"missing {', '.join(missing[:3]) or 'nothing'}, unexpected "

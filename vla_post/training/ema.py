@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from vla_post.sharding import local
+
 
 class Ema:
-    """Follows a module's weights and buffers.
+    """Follows a module's weights and buffers, sharded where the module is.
 
     Args:
         decay: share that stays per update; the first updates decay faster, (1 + n) / (10 + n).
@@ -24,8 +26,9 @@ class Ema:
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, new in module.state_dict().items():
+        for name, tensor in module.state_dict().items():
+            new, old = local(tensor), local(self.weights[name])
             if new.is_floating_point():
-                self.weights[name].lerp_(new, 1.0 - keep)
+                old.lerp_(new, 1.0 - keep)
             else:
-                self.weights[name].copy_(new)
+                old.copy_(new)

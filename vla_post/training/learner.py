@@ -39,7 +39,7 @@ from vla_post.training.freshness import Freshness
 from vla_post.training.gate import Judge, compare, require_judge
 from vla_post.training.metrics import MetricsLog
 from vla_post.training.operation import operation
-from vla_post.training.trainer import TrainConfig, Trainer
+from vla_post.training.trainer import Kept, TrainConfig, Trainer
 
 log = logging.getLogger("vla_post.learner")
 
@@ -92,6 +92,9 @@ class LearnerConfig:
     or keeps to the gate that the registry has."""
     max_updates: int = 0
     """Stop after so many; 0 goes on until it is told to stop."""
+    shard: bool = False
+    """Divide the policy's weights, gradients and optimiser state among the processes (FSDP)
+    instead of keeping all of it in each: for policies that one device does not hold."""
     resume: bool = False
     """Continue the state in `run` instead of `start`."""
     mirror: bool = True
@@ -138,7 +141,7 @@ class LearnerProcess:
                 "processes; take a multiple of that number"
             )
         self.contract = self.policy.contract
-        self.trainer = Trainer(self.policy, config.train)
+        self.trainer = Trainer(self.policy, config.train, shard=config.shard)
         self.needs = config.train.algorithm.data(self.contract)
         if config.gate_margin is not None:
             if parallel.world() > 1:
@@ -211,11 +214,13 @@ class LearnerProcess:
                     self._publish(metrics)
                 self._loop(metrics)
             finally:
-                parallel.tell({"do": "stop"})
-                if self._pending is not None or self.trainer.updates > self._published_at:
-                    self._publish(metrics)
-                self._told_operation(metrics)
-                self._save()
+                try:
+                    if self._pending is not None or self.trainer.updates > self._published_at:
+                        self._publish(metrics)
+                    self._told_operation(metrics)
+                    self._save()
+                finally:  # last, since a sharded policy is gathered from all to be saved
+                    parallel.tell({"do": "stop"})
                 if self._sampler is not None:
                     self._sampler.close()
         return self.trainer.updates
@@ -305,6 +310,9 @@ class LearnerProcess:
             if message["do"] == "stop":
                 return self.trainer.updates
             if message["do"] == "wait":
+                continue
+            if message["do"] == "gather":
+                self.trainer.tensors(message["kind"])
                 continue
             chunk: ChunkBatch | None = None
             while chunk is None:  # the leader has its slice: this one comes when storage answers
@@ -463,6 +471,7 @@ class LearnerProcess:
         """What `resume` needs; there whole, also if this process is killed meanwhile."""
         new, old = (self._state.with_suffix(s) for s in (".new", ".old"))
         shutil.rmtree(new, ignore_errors=True)
+        self._gather("state")
         self.trainer.save(
             new,
             {
@@ -480,6 +489,11 @@ class LearnerProcess:
             self._state.rename(old)
         new.rename(self._state)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _gather(self, kind: Kept) -> None:
+        """The other processes give the leader their part of what is saved next."""
+        if self.trainer.sharded:
+            parallel.tell({"do": "gather", "kind": kind})
 
     def _restore(self) -> None:
         """A process that was killed between the two renames of `_save`."""
@@ -501,6 +515,7 @@ class LearnerProcess:
             self._save()
         folder = Path(tempfile.mkdtemp(prefix="publish_", dir=self.config.run))
         try:
+            self._gather("policy")
             self.trainer.save_policy(folder)
             self._published_s = time.monotonic()  # an outage is tried again after `publish_s`
             scores = self._scores(folder)

@@ -4,16 +4,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from trajectory_store import ChunkBatch
+from vla_post import parallel
 from vla_post.batch import Algorithm, Batch, Learner, Metrics, NonFiniteLoss
 from vla_post.policies.indicator import Guidance
 from vla_post.policies.lerobot_adapter import LeRobotPolicy, load_weights
+from vla_post.sharding import divide, held, placed, require_shardable, whole
 from vla_post.training.ema import Ema
 from vla_post.training.state import load_state, save_state
 from vla_post.transforms import shift_images
@@ -42,10 +44,20 @@ class TrainConfig:
             )
 
 
-class Trainer:
-    """Owns everything that changes while training; `step` is one update."""
+Kept = Literal["policy", "state"]
 
-    def __init__(self, policy: LeRobotPolicy, config: TrainConfig) -> None:
+
+class Trainer:
+    """Owns everything that changes while training; `step` is one update.
+
+    Args:
+        shard: divide the policy among the processes (`vla_post.sharding`).
+
+    Raises:
+        ValueError: it cannot be sharded; the message says why.
+    """
+
+    def __init__(self, policy: LeRobotPolicy, config: TrainConfig, *, shard: bool = False) -> None:
         torch.manual_seed(config.seed)
         self.policy, self.config = policy, config
         policy.flow_samples = config.flow_samples
@@ -55,6 +67,11 @@ class Trainer:
             # for one. RECAP asks again, in `build`.
             policy.guidance = Guidance(beta=0.0)
         self.learner: Learner = config.algorithm.build(policy, parameters, policy.contract)
+        self.sharded, self._told_held = shard, False
+        if shard:
+            # After `build`, which may copy the policy. The optimiser has nothing to keep yet.
+            shardable = require_shardable(policy.kind, self.learner)
+            shardable.adopt(divide(policy.module))
         self.ema = Ema(policy.module, config.ema_decay)
 
     @property
@@ -84,7 +101,23 @@ class Trainer:
             _save_batch(chunk, save_bad_batch)
             raise NonFiniteLoss(f"{error}; it is in {save_bad_batch}") from None
         self.ema.update(self.policy.module)
+        if not self._told_held:
+            metrics |= self._held()
+            self._told_held = True
         return metrics
+
+    def _held(self) -> Metrics:
+        """Bytes that the process with the most of them holds between updates, by what they are."""
+        parameters = list(self.policy.module.parameters())
+        mine = {
+            "weights": held(parameters),
+            "gradients": held(p.grad for p in parameters),
+            "learner": held([self.learner.state_dict()]),
+            "average": held(self.ema.weights.values()),
+        }
+        counts = torch.tensor([list(mine.values())], device=self.policy.device)
+        most = parallel.gather(counts).max(dim=0).values.tolist()
+        return {f"held/{name}": float(count) for name, count in zip(mine, most, strict=True)}
 
     def item_losses(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(loss, had anything to learn from), both (B,), of the items of the last step; None if it
@@ -94,9 +127,26 @@ class Trainer:
         loss, counted = self.policy.last_loss
         return loss.cpu().numpy(), counted.cpu().numpy()
 
+    def tensors(self, kind: Kept) -> dict[str, Any]:
+        """What a checkpoint holds of the policy, whole.
+
+        Where it is sharded, all processes call this together, and only the leader gets them.
+
+        Args:
+            kind: `policy`, the one to run; `state`, what `resume` needs.
+        """
+        kept: dict[str, Any] = {"average": self.ema.weights}
+        if kind == "state":
+            kept["policy"] = self.policy.module.state_dict()
+            kept["learner"] = self.learner.state_dict()
+        return whole(kept)
+
     def save_policy(self, folder: Path) -> Path:
-        """A checkpoint with the averaged weights, the one to run, and the learner's networks."""
-        self.policy.save(folder, state_dict=self.ema.weights)
+        """A checkpoint with the averaged weights, the one to run, and the learner's networks.
+
+        Where the policy is sharded, the other processes call `tensors("policy")` meanwhile.
+        """
+        self.policy.save(folder, state_dict=self.tensors("policy")["average"])
         for name, module in self.learner.modules.items():
             weights = {key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()}
             card: dict[str, str] = getattr(module, "card", {})
@@ -104,15 +154,19 @@ class Trainer:
         return folder
 
     def save(self, folder: Path, extra: Mapping[str, Any]) -> None:
-        """Everything that `resume` needs, into `folder`."""
+        """Everything that `resume` needs, into `folder`.
+
+        Where the policy is sharded, the other processes call `tensors("state")` meanwhile.
+        """
+        tensors = self.tensors("state")
         state = {
-            "learner": self.learner.state_dict(),
+            "learner": tensors["learner"],
             "modules": {name: m.state_dict() for name, m in self.learner.modules.items()},
-            "ema": {"updates": self.ema.updates, "weights": self.ema.weights},
+            "ema": {"updates": self.ema.updates, "weights": tensors["average"]},
             "random": torch.get_rng_state(),
             "extra": dict(extra),
         }
-        self.policy.save(folder / "policy")
+        self.policy.save(folder / "policy", state_dict=tensors["policy"])
         save_state(folder, "state", state)
 
     def resume(self, folder: Path) -> dict[str, Any]:
@@ -123,7 +177,10 @@ class Trainer:
         for name, module in self.learner.modules.items():
             module.load_state_dict(state["modules"][name])
         self.ema.updates = int(state["ema"]["updates"])
-        self.ema.weights = state["ema"]["weights"]
+        self.ema.weights = {
+            name: placed(tensor, self.ema.weights[name])
+            for name, tensor in state["ema"]["weights"].items()
+        }
         torch.set_rng_state(state["random"])
         return state["extra"]
 
