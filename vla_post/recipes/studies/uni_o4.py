@@ -3,11 +3,13 @@
     python -m vla_post.recipes.studies.uni_o4 --env Hopper-v5 --data DATA/transitions.hdf5 \\
         --work WORK --out results/uni_o4.jsonl
     python -m vla_post.recipes.studies.uni_o4 --env Hopper-v5 --out results/uni_o4.jsonl --show
+    python -m vla_post.recipes.studies.uni_o4 --contract CELL.yaml --env push --data push.hdf5 ...
 
 For each seed: an ensemble is cloned (`bc`: its members as they are) and improved offline behind the
 gate (`uni-o4`); `iql` has values and policy of the same sizes. Then each goes on online, beside PPO
 from random weights (`ppo`) with the same code, networks, units and number of steps. Every arm is
-judged by its mean action on the same episodes. What is in --out is not run again.
+judged by its mean action on the same episodes. What is in --out is not run again. On a cell the
+score is the share of episodes that succeed, in per cent.
 """
 
 import time
@@ -22,6 +24,7 @@ import tyro
 from gymnasium import spaces
 
 from sim.locomotion.facts import ENVIRONMENTS, normalised_score
+from trajectory_store import load_contract
 from vla_post.batch import Metrics
 from vla_post.learners.uni_o4.amq import GateConfig
 from vla_post.learners.uni_o4.cloning import CloningConfig
@@ -73,6 +76,9 @@ class Study:
     out: Path
     """File of results."""
     env: str = "Hopper-v5"
+    """A gymnasium id, or with --contract the name of a task."""
+    contract: Path | None = None
+    """Of a simulated cell, with reward 1 at a success; `--train.horizon` is its chunks' length."""
     data: Path | None = None
     """Transitions. If the file is not there, --behaviour makes it."""
     behaviour: float = 0.0
@@ -120,9 +126,11 @@ class Seed:
 
     def __init__(self, study: Study, data: Transitions, seed: int, results: Results) -> None:
         self.study, self.data, self.seed, self.results = study, data, seed, results
-        self.make = env_maker(study.env)
         self.folder = study.work / study.env / str(seed)
         self.config = replace(study.train, seed=seed)
+        self.scales = scales_of(data, discount=study.train.discount, horizon=study.train.horizon)
+        contract = None if study.contract is None else load_contract(study.contract)
+        self.make = env_maker(study.env, contract=contract, scales=self.scales)
 
     def run(self) -> None:
         self.offline()
@@ -166,7 +174,7 @@ class Seed:
         if self.has("iql", study.online.steps):
             return
         torch.manual_seed(seed)
-        scales = scales_of(self.data, discount=self.config.discount)
+        scales = self.scales
         samples = prepare(self.data, scales)
         values = Values(
             self.data.state_size, scales.chunk_size, replace(self.config.values, kind="iql")
@@ -232,10 +240,15 @@ class Seed:
             "arm": arm,
             "steps": steps,
             "return": float(np.mean(returns)),
-            "score": score(self.study.env, float(np.mean(returns))),
+            "score": self.score(returns),
         } | told
         self.results.add(row | {"returns": returns})
         self.say(str(row))
+
+    def score(self, returns: list[float]) -> float:
+        if self.study.contract is not None:
+            return 100.0 * float(np.mean(np.array(returns) > 0.0))
+        return score(self.study.env, float(np.mean(returns)))
 
     def say(self, line: str) -> None:
         print(f"{self.study.env} seed {self.seed}: {line}", flush=True)
