@@ -112,6 +112,7 @@ class _Drill:
         for name, step in steps.items():
             if name in self.config.steps and not (short and name in ("learner", "poison")):
                 step()
+                print(json.dumps({name: self.report[name]}), file=sys.stderr, flush=True)
         if self.learner is not None:
             self._end(self.learner, "learner")
         for i, process in enumerate(self.cells):

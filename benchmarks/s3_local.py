@@ -22,6 +22,9 @@ from typing import Any, Self
 
 ACCOUNT = "123456789012"
 
+PATIENCE_S = 600.0
+"""For starting and stopping: all objects, which may be many, are read or written then."""
+
 
 class S3Server:
     """The server's process. `environment` is what a client's process needs."""
@@ -36,7 +39,7 @@ class S3Server:
     def start(self) -> Self:
         command = [sys.executable, __file__, str(self.port), str(self.folder), self.bucket]
         self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             assert self._process.poll() is None, "the S3 server stopped"
             with socket.socket() as s:
@@ -49,7 +52,7 @@ class S3Server:
         """Objects stay in the folder."""
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=PATIENCE_S)
             self._process = None
 
     def __enter__(self) -> Self:
