@@ -298,7 +298,7 @@ def test_a_policy_that_doubts_more_than_people_let_pass_is_a_hint(
         return max(doubts(), default=0.0) > least
 
     until(lambda: taken_over(0.0), "a takeover while the policy drove")
-    ann.page.wait_for_function(f"({hint})() !== null")
+    ann.page.wait_for_function(f"{hint} !== null")  # a function: the page forbids eval
     ann.do("cancel")
     ann.page.wait_for_function("() => !window.vlaConsole.live.state.episode")
     usual = ann.page.evaluate(hint)["threshold"]
