@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 
@@ -37,27 +36,18 @@ class Conversions:
     def run(
         self,
         *arguments: str | Path,
-        kill_when: Callable[[], bool] | None = None,
         kill_before: tuple[str, str] | None = None,
     ) -> int:
         """The exit status of a conversion, -9 if it was killed.
 
         Args:
-            kill_when: SIGKILL as soon as this holds.
             kill_before: (audit event, end of one of its paths): SIGKILL at the first such event.
+                ("commit", N): when N ticks of an episode, and not more, are safe in the store.
         """
         assert self._process.stdin
         told = {"arguments": [str(a) for a in arguments], "kill_before": kill_before}
         self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.flush()
-        pid = int(self._answer())
-        if kill_when is not None:
-            deadline = time.monotonic() + 200
-            while not kill_when():
-                assert os.path.exists(f"/proc/{pid}"), self._errors.read_text()
-                assert time.monotonic() < deadline, "the conversion never came to that point"
-                time.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
         return int(self._answer())
 
     @property
@@ -86,8 +76,26 @@ def convert(arguments: list[str], kill_before: list[str] | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
+    if kill_before is not None and kill_before[0] == "commit":
+        _kill_at_commit(int(kill_before[1]))
     sys.argv = ["vla-post", "store", "convert", *arguments]
     main.main()
+
+
+def _kill_at_commit(ticks: int) -> None:
+    from trajectory_store import StoreWriter
+
+    append = StoreWriter.append
+
+    def counted(writer: StoreWriter, tick: object) -> None:
+        append(writer, tick)  # pyright: ignore[reportArgumentType]
+        counts[writer.episode_uuid] += 1
+        if counts[writer.episode_uuid] == ticks:
+            writer.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    counts: Counter[str | None] = Counter()
+    StoreWriter.append = counted
 
 
 def serve() -> None:
@@ -105,7 +113,6 @@ def serve() -> None:
             except SystemExit as end:
                 os._exit(int(end.code or 0))
             os._exit(0)
-        print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 

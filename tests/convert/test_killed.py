@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 import zarr
 
-from trajectory_store import Store, StoreError, StoreWriter
+from trajectory_store import Store, StoreWriter
 from trajectory_store.contract import parse_contract
 
 _spec = importlib.util.spec_from_file_location(
@@ -45,6 +45,8 @@ tasks:
   place: {instruction: Place it, time_limit_s: 10}
 """
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+SECOND_SEGMENT = "open", "episode-000003/frame-000001.png"
+"""In the middle of it: its files have no end yet."""
 
 
 def picture(height: int, width: int, i: int) -> bytes:
@@ -121,9 +123,7 @@ def test_to_lerobot_goes_on_after_kills(
         except FileNotFoundError:
             return 0
 
-    # In the middle of the second segment, whose files have no end yet.
-    newest = partial / "dataset/data/chunk-000/file-001.parquet"
-    assert conversions.run(*command, kill_when=newest.exists) == -9
+    assert conversions.run(*command, kill_before=SECOND_SEGMENT) == -9
     assert (safe(), target.exists()) == (2, False)
     # A table that every segment rewrites is cut.
     info = partial / "dataset/meta/info.json"
@@ -168,8 +168,7 @@ def test_a_checkpoint_of_other_episodes_is_thrown_away(
 ) -> None:
     target, partial = tmp_path / "dataset", tmp_path / ".dataset.partial"
     command = ("to-lerobot", store.location, target, "--images")
-    newest = partial / "dataset/data/chunk-000/file-001.parquet"
-    assert conversions.run(*command, kill_when=newest.exists) == -9
+    assert conversions.run(*command, kill_before=SECOND_SEGMENT) == -9
     checkpoint = partial / "checkpoint.json"
     told = json.loads(checkpoint.read_text())
     told["episodes"][1]["outcome"] = "failure"  # it was relabelled since
@@ -188,25 +187,18 @@ def test_a_checkpoint_of_other_episodes_is_thrown_away(
 def test_from_zarr_writes_anew_what_a_kill_cut_short(conversions: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "dp.zarr", tmp_path / "store"
     root: Any = zarr.open_group(str(source), mode="w", zarr_format=2)
-    ends = np.array([5, 6005])
-    action = np.random.default_rng(0).normal(size=(6005, 2)).astype(np.float32)
+    ends = np.array([5, 105])
+    action = np.random.default_rng(0).normal(size=(105, 2)).astype(np.float32)
     root.create_array("data/action", data=action)
     root.create_array("data/state", data=action[:, ::-1].copy())
     root.create_array("meta/episode_ends", data=ends)
 
-    def in_the_middle() -> bool:
-        try:
-            table = Store(target).table
-        except StoreError:
-            return False
-        return len(table) == 2 and table[1].is_open
-
     command = ("from-zarr", source, target, "--task", "push")
-    assert conversions.run(*command, kill_when=in_the_middle) == -9
-    assert len(Store(target).table[1]) < 6000
+    assert conversions.run(*command, kill_before=("commit", "40")) == -9
+    assert len(Store(target).table[1]) == 40
     assert conversions.run(*command) == 0
     got = Store(target)
-    assert [(len(e), e.outcome) for e in got.episodes] == [(5, "success"), (6000, "success")]
+    assert [(len(e), e.outcome) for e in got.episodes] == [(5, "success"), (100, "success")]
     np.testing.assert_array_equal(
         np.concatenate([got.read("action", e) for e in got.episodes]), action
     )
@@ -224,10 +216,9 @@ def test_a_full_disk_is_said_and_gone_on_from(
     if (done := subprocess.run(mount, capture_output=True, text=True)).returncode:
         pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
     try:
-        target, partial = disk / "dataset", disk / ".dataset.partial"
+        target = disk / "dataset"
         command = ("to-lerobot", store.location, target, "--images")
-        newest = partial / "dataset/data/chunk-000/file-001.parquet"
-        assert conversions.run(*command, kill_when=newest.exists) == -9
+        assert conversions.run(*command, kill_before=SECOND_SEGMENT) == -9
         # Room for the start of what is left, and then no more.
         stuffing = disk / "stuffing"
         with stuffing.open("wb") as file:
