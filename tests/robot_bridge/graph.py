@@ -31,7 +31,10 @@ from trajectory_store.contract import Contract
 REPEAT_AFTER_S = 0.5
 """Well below `lockstep_wait_s`: a node that was restarted may discover the robot only after the
 first tick of an episode was said."""
-DEADLINE_S = float(os.environ.get("VLA_POST_TEST_DEADLINE_S", "60"))
+DEADLINE_S = float(os.environ.get("VLA_POST_TEST_DEADLINE_S", "120"))
+ANSWER_S = 15.0
+"""Until a request is sent again. A busy machine answers late, and a node that has not discovered
+this one's reader yet loses its answer: the request may have been carried out all the same."""
 
 
 def checkpoint(folder: Path, contract: Contract, value: float = 0.25) -> Path:
@@ -233,7 +236,7 @@ class Cell:
         deadline = time.monotonic() + DEADLINE_S
         while True:  # a request that was sent to a node that is being restarted is lost
             future = client.call_async(kind.Request(**fields))
-            patience = time.monotonic() + 3.0
+            patience = time.monotonic() + ANSWER_S
             self.until(
                 lambda f=future, p=patience: f.done() or time.monotonic() > p, f"{service}'s answer"
             )
@@ -263,22 +266,35 @@ class Cell:
         return [result.reason for result in answer.results]
 
     def start_episode(self, task: str = "reach", *, resume: bool = True) -> str:
-        """Until the first tick was taken."""
+        """Until the first tick was taken. One that a failed attempt at a test left is cancelled."""
+        if self.moving:
+            self.call("supervisor/cancel_episode")
+            self.until(lambda: not self.moving, "the end of the last attempt's episode")
         self.set_parameters(task=task, auto_resume=resume, operator="ann")
-        uuid = ""
+        seen = len(self.events)
+        refused = ""
+
+        def uuid() -> str:
+            """Of the event, which is said once, however often it was asked for."""
+            return next((e["episode"] for e in self.events[seen:] if e["type"] == "reset"), "")
 
         def started() -> bool:
-            nonlocal uuid
+            nonlocal refused
             answer = self.call("supervisor/start_episode")
-            uuid = answer.message if answer.success else ""
-            return bool(uuid)
+            refused = "" if answer.success else answer.message
+            return answer.success or bool(uuid())
 
         self.until(started, "start_episode")
-        self.until(lambda: self.has_event("episode_start", episode=uuid), "the episode's start")
-        return uuid
+        self.until(uuid, f"the episode's reset ({refused})")
+        self.until(lambda: self.has_event("episode_start", episode=uuid()), "the episode's start")
+        return uuid()
 
     def end_episode(self, success: bool = True) -> None:
-        assert self.call("supervisor/end_episode", SetBool, data=success).success
+        answer = self.call("supervisor/end_episode", SetBool, data=success)
+        outcome = "success" if success else "failure"
+        ended = {"episode": self.episode, "outcome": outcome}
+        if not answer.success:  # unless it was carried out, and that answer was lost
+            self.until(lambda: self.has_event("episode_end", **ended), answer.message)
         self.until(lambda: not self.moving, "the end of the episode")
 
     # Waiting
