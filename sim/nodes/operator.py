@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
 from rcl_interfaces.msg import Parameter as ParameterMessage
-from rcl_interfaces.msg import ParameterType, ParameterValue
+from rcl_interfaces.msg import ParameterType, ParameterValue, SetParametersResult
 from rcl_interfaces.srv import SetParameters
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -46,6 +46,9 @@ from trajectory_store import Contract, load_contract
 
 RETRY_S = 0.5
 """After a refused request."""
+ANSWER_S = 5.0
+"""Until an answer counts as lost: a service loses it when it has not discovered its client yet."""
+SILENCE = "no answer"
 HANDOVERS = {"set_intervention", "resume_policy"}
 """Requests that change who drives."""
 
@@ -98,6 +101,8 @@ class OperatorNode(Node):
         self._number = 0
         """Episodes that have been started."""
         self._uuid: str | None = None
+        self._starting = False
+        """An episode was asked for, and nothing says yet which one came of it."""
         self._playing = False
         """The policy was let go; ticks are answered."""
         self._scene: tuple[int, np.ndarray] | None = None
@@ -107,7 +112,8 @@ class OperatorNode(Node):
         self._fault = ""
         self._first_ns = 0
         self._human_ticks = self._ticks = 0
-        self._pending: set[str] = set()
+        self._pending: dict[str, Any] = {}
+        """Requests that wait for an answer, by service."""
         self._order: list[int] | None = None
         self._retry: dict[str, Any] = {}
 
@@ -191,6 +197,7 @@ class OperatorNode(Node):
         seed = self._seed + self._number
         self._number += 1
         self._uuid, self._playing, self._scene = None, False, None
+        self._starting = False
         request = SetParameters.Request(
             parameters=[
                 _parameter_message("task", task),
@@ -206,32 +213,39 @@ class OperatorNode(Node):
             self.get_logger().error(f"the supervisor refused the episode: {'; '.join(refused)}")
             self._after(RETRY_S, "set_parameters", self._again)
             return
-        self._start_episode()
+        self._start_episode(self._number)
 
     def _again(self) -> None:
         self._number -= 1
         self._next_episode()
 
-    def _start_episode(self) -> None:
+    def _start_episode(self, number: int) -> None:
+        if self._uuid is not None or number != self._number:
+            return  # the event of its start came instead of the answer
+        self._starting = True
         self._call("start_episode", Trigger.Request(), self._on_started)
 
     def _on_started(self, response: Trigger.Response) -> None:
         if response.success:
-            self._uuid = response.message
+            self._uuid, self._starting = response.message, False
             return
         self.get_logger().info(f"waiting to start: {response.message}", throttle_duration_sec=5.0)
-        self._after(RETRY_S, "start_episode", self._start_episode)
+        number = self._number
+        self._after(RETRY_S, "start_episode", lambda: self._start_episode(number))
 
     def _on_event(self, message: String) -> None:
         event = json.loads(message.data)
         kind = event.get("type")
-        # The uuid may still be on its way when the event of its start is already here.
-        starting = self._uuid is None and "start_episode" in self._pending
-        if kind == "episode_start" and (starting or event["episode"] == self._uuid):
-            self._uuid = event["episode"]
+        if kind == "episode_start" and (event["episode"] == self._uuid or self._is_ours(event)):
+            self._uuid, self._starting = event["episode"], False
             self._begin(event)
         elif kind == "episode_end" and self._uuid is not None and event["episode"] == self._uuid:
             self._end(event)
+
+    def _is_ours(self, event: dict[str, Any]) -> bool:
+        """The uuid may be on its way, or lost, when the event of its start is already here."""
+        asked = (self._tasks[(self._number - 1) % len(self._tasks)], self._seed + self._number - 1)
+        return self._starting and (event["task"], event["seed"]) == asked
 
     def _begin(self, event: dict[str, Any]) -> None:
         self._operator.begin(event["task"], int(event["seed"]))
@@ -263,15 +277,16 @@ class OperatorNode(Node):
         self._call("resume_policy", Trigger.Request(), self._on_resumed)
 
     def _on_resumed(self, response: Trigger.Response) -> None:
-        if not response.success and not self._playing and self._uuid is not None:
+        if self._playing or self._uuid is None:
+            return
+        if not response.success:
             self.get_logger().info(
                 f"waiting for the policy: {response.message}", throttle_duration_sec=5.0
             )
             self._after(RETRY_S, "resume_policy", self._resume)
             return
-        if not self._playing:
-            self._playing = True
-            self._react()
+        self._playing = True
+        self._react()
 
     # Ticks ---------------------------------------------------------------------------------------
 
@@ -347,8 +362,11 @@ class OperatorNode(Node):
         self._answer = (joy, target)
         # While a request is on its way the answer waits. The arbiter waits for the operator, so the
         # change of drivers costs a few ticks, not as many as a service call takes.
-        if not self._pending & HANDOVERS:
+        if not self._handing_over():
             self._publish(joy, target)
+
+    def _handing_over(self) -> bool:
+        return not HANDOVERS.isdisjoint(self._pending)
 
     def _publish(self, joy: Joy, target: JointState | None) -> None:
         if target is not None:
@@ -367,7 +385,7 @@ class OperatorNode(Node):
 
     def _on_handover(self, response: Any) -> None:
         self._note(response)
-        if self._playing and self._answer is not None and not self._pending & HANDOVERS:
+        if self._playing and self._answer is not None and not self._handing_over():
             self._publish(*self._answer)
 
     # Services ------------------------------------------------------------------------------------
@@ -377,14 +395,24 @@ class OperatorNode(Node):
             self.get_logger().info(f"refused: {response.message}", throttle_duration_sec=5.0)
 
     def _call(self, name: str, request: Any, then: Callable[[Any], None]) -> None:
-        """Calls a service of the supervisor; `then` runs with the response."""
-        self._pending.add(name)
+        """Calls a service of the supervisor; `then` runs with the response, or a refusal when
+        none comes, unless the next episode has begun meanwhile."""
+        client, number = self._clients_of[name], self._number
+        call = self._pending[name] = client.call_async(request)
 
-        def done(future: Any) -> None:
-            self._pending.discard(name)
-            then(future.result())
+        def answered(response: Any) -> None:
+            self.destroy_timer(patience)
+            if self._pending.get(name) is call:
+                del self._pending[name]
+            if number == self._number:
+                then(response)
 
-        self._clients_of[name].call_async(request).add_done_callback(done)
+        def late() -> None:
+            client.remove_pending_request(call)
+            answered(_silence(request))
+
+        patience = self.create_timer(ANSWER_S, late, clock=STEADY)
+        call.add_done_callback(lambda future: answered(future.result()))
 
     def _after(self, delay_s: float, name: str, action: Callable[[], None]) -> None:
         """Runs `action` once, later."""
@@ -401,6 +429,15 @@ class OperatorNode(Node):
         if isinstance(default, float) and isinstance(value, int):
             return float(value)
         return default if value is None else value
+
+
+def _silence(request: Any) -> Any:
+    """What a service that does not answer has said."""
+    if isinstance(request, SetParameters.Request):
+        result = SetParametersResult(successful=False, reason=SILENCE)
+        return SetParameters.Response(results=[result])
+    kind = SetBool if isinstance(request, SetBool.Request) else Trigger
+    return kind.Response(success=False, message=SILENCE)
 
 
 def _parameter_message(name: str, value: str | int) -> ParameterMessage:

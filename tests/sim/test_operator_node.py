@@ -17,7 +17,9 @@ from sim.cell import make_cell
 from trajectory_store import load_contract
 
 rclpy = pytest.importorskip("rclpy")
+from rclpy.callback_groups import ReentrantCallbackGroup  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.task import Future  # noqa: E402
 from sensor_msgs.msg import JointState, Joy  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
@@ -32,7 +34,9 @@ DEADLINE_S = 60.0
 class Rest:
     """Everything but the operator, in one node, with a policy that moves the wrong way."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, loses: set[str] | None = None) -> None:
+        self.loses = set(loses or ())
+        """Requests that are carried out, and whose next answer never arrives."""
         self.contract = load_contract(PATH)
         self.cell = make_cell(self.contract)
         self.context = rclpy.Context()
@@ -49,12 +53,18 @@ class Rest:
         self.node.create_subscription(
             JointState, "teleop/joint_target", self._on_target, reliable(10)
         )
-        self.node.create_service(Trigger, "~/start_episode", self._start)
-        self.node.create_service(SetBool, "~/end_episode", self._end)
-        self.node.create_service(SetBool, "~/set_intervention", self._intervene)
-        self.node.create_service(Trigger, "~/resume_policy", self._resume)
-        self.node.create_service(Trigger, "~/reset_estop", self._resume)
+        for kind, name, answer in [
+            (Trigger, "start_episode", self._start),
+            (SetBool, "end_episode", self._end),
+            (SetBool, "set_intervention", self._intervene),
+            (Trigger, "resume_policy", self._resume),
+            (Trigger, "reset_estop", self._resume),
+        ]:
+            # An answer that never comes must not hold up the others.
+            group = ReentrantCallbackGroup()
+            self.node.create_service(kind, f"~/{name}", answer, callback_group=group)
         self.refusals = 1
+        self.running = False
         self.tick = 1
         self.episode = ""
         self.mode = "hold"
@@ -69,11 +79,21 @@ class Rest:
         event = {"v": 1, "type": kind, "episode": self.episode, **fields}
         self.events.publish(String(data=json.dumps(event)))
 
-    def _start(self, request: Any, response: Any) -> Any:
+    async def _answer(self, what: str, response: Any) -> Any:
+        if what in self.loses:
+            self.loses.discard(what)
+            await Future(executor=self.executor)
+        return response
+
+    async def _start(self, request: Any, response: Any) -> Any:
         if self.refusals:
             self.refusals -= 1
             response.success, response.message = False, "the recorder is not ready"
             return response
+        if self.running:
+            response.success, response.message = False, f"episode {self.episode} is running"
+            return response
+        self.running = True
         task = str(self.node.get_parameter("task").value)
         seed = int(self.node.get_parameter("seed").value or 0)
         self.episode = f"episode-{len([1 for w, _ in self.log if w == 'start'])}"
@@ -86,26 +106,27 @@ class Rest:
         stamp = self.tick * self.contract.dt_ns
         self._say("episode_start", task=task, seed=seed, start_stamp_ns=stamp)
         self._publish()
-        return response
+        return await self._answer("start_episode", response)
 
-    def _end(self, request: Any, response: Any) -> Any:
+    async def _end(self, request: Any, response: Any) -> Any:
+        self.running = False
         outcome = "success" if request.data else "failure"
         self.log.append(("end", f"{outcome} {self.cell.success}"))
         response.success = True
         self._say("episode_end", outcome=outcome)
-        return response
+        return await self._answer("end_episode", response)
 
-    def _intervene(self, request: Any, response: Any) -> Any:
+    async def _intervene(self, request: Any, response: Any) -> Any:
         self.log.append(("intervene", str(request.data)))
         self.wanted = request.data
         response.success = True
-        return response
+        return await self._answer("set_intervention", response)
 
-    def _resume(self, request: Any, response: Any) -> Any:
+    async def _resume(self, request: Any, response: Any) -> Any:
         self.log.append(("resume", self.mode))
         self.mode = "policy:1#1"
         response.success = True
-        return response
+        return await self._answer("resume_policy", response)
 
     def _on_target(self, message: JointState) -> None:
         self.target = message
@@ -209,6 +230,25 @@ def test_a_session_of_episodes_like_a_person_would_run_it():
     assert hand_backs
     for k in hand_backs:
         assert rest.log[k + 1] == ("resume", "hold")
+
+
+def test_lost_answers_cost_time_and_no_episode():
+    rest = Rest(loses={"start_episode", "resume_policy", "set_intervention", "end_episode"})
+    process = operator(
+        "episodes:=2", "tasks:=[reach]", "seed:=40", "patience:=8", "window:=4",
+        "reaction_delay:=3", "min_drive:=12", "recovered:=3", "max_takeovers:=2",
+    )  # fmt: skip
+    try:
+        rest.wait(lambda: process.poll() is not None, "the session to end")
+    finally:
+        process.kill()
+        said, _ = process.communicate()
+        rest.close()
+    assert process.returncode == 0, said
+    assert rest.loses == set()
+    starts = [detail for what, detail in rest.log if what == "start"]
+    assert starts == ["reach 40 scripted", "reach 41 scripted"]
+    assert [d for w, d in rest.log if w == "end"] == ["success True"] * 2
 
 
 def test_wrong_parameters_are_one_line_and_status_2():
