@@ -27,6 +27,7 @@ from sim.rollout import Case, Result, rollout
 from trajectory_store import ChunkSampler, Filter, FleetView, Part, Source, StoreWriter
 from trajectory_store.contract import Contract, load_contract
 from vla_post.batch import Algorithm
+from vla_post.critics.networks import CriticConfig
 from vla_post.learners.aloe import AloeConfig
 from vla_post.learners.awr import AwrConfig
 from vla_post.learners.hg_dagger import HgDaggerConfig
@@ -101,8 +102,10 @@ METHODS: dict[str, Algorithm] = {
     "aloe-mean": replace(_ALOE, target="mean", pessimism="mean"),
     "aloe-whole-chunks": replace(_ALOE, bootstrap="whole_chunks"),
     "aloe-no-done": replace(_ALOE, done_factor=False),
+    "aloe-categorical": replace(_ALOE, critic=CriticConfig(output="hl_gauss")),
+    "aloe-transformer": replace(_ALOE, critic=CriticConfig(trunk="transformer")),
 }
-"""By name: the algorithm of each, which differ in nothing else. The last four are ablations."""
+"""By name: the algorithm of each, which differ in nothing else. After `aloe` come ablations."""
 
 
 def run_study(
