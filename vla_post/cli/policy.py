@@ -71,6 +71,49 @@ class Import:
 
 
 @dataclass(frozen=True, kw_only=True)
+class New:
+    """A policy with random weights for the cell of a store, to be trained from scratch.
+
+    `vla-post train hg-dagger --start OUT --demonstrations STORE` then clones the store. A large
+    pretrained policy comes in with `vla-post policy import` instead.
+    """
+
+    kind: tyro.conf.Positional[str]
+    """Its networks: chunk_flow (vectors), chunk_flow_transformer (and cameras), smolvla_tiny, ..."""
+    store: Path
+    """A store, or a folder of them, of the cell: its statistics scale what the policy sees and does,
+    for good."""
+    out: Path
+    """Checkpoint folder to write."""
+    seed: int = 0
+
+    def run(self) -> None:
+        from vla_post.policies.build import KINDS
+
+        if self.kind not in KINDS:
+            raise UserError(f"no policy kind {self.kind!r}; there are {', '.join(KINDS)}")
+        if self.out.exists() and any(self.out.iterdir()):
+            raise UserError(f"--out {self.out}: the folder is not empty")
+        import torch
+
+        from trajectory_store import FleetView
+        from vla_post.policies.build import build_policy
+        from vla_post.training.data import statistics
+
+        view = FleetView(self.store)
+        if not view.episodes:
+            raise UserError(f"--store {self.store}: no finished episodes in there to measure")
+        contract = view.stores[0].contract
+        torch.manual_seed(self.seed)
+        try:
+            policy = build_policy(self.kind, contract, statistics(view, contract))
+        except ValueError as error:
+            raise UserError(f"{self.kind}: {error}") from error
+        policy.save(self.out)
+        print(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Show:
     """What a checkpoint is, sees and emits, and what of it trains."""
 
@@ -131,7 +174,8 @@ class SetGuidance:
 
 
 policy_command = (
-    Annotated[Import, tyro.conf.subcommand("import")]
+    Annotated[New, tyro.conf.subcommand("new")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[SetGuidance, tyro.conf.subcommand("guidance")]
 )

@@ -28,6 +28,8 @@ class _Scored:
 
     def score(self) -> list[dict[str, Any]]:
         """One row for each scored chunk whose future is known, the lowest score first."""
+        if not self.checkpoint.is_dir():
+            raise UserError(f"{self.checkpoint}: no such folder; expected one REGISTRY/vNNNNNN")
         if not (self.checkpoint / WEIGHTS).is_file():
             raise UserError(
                 f"{self.checkpoint}: no {WEIGHTS}; publish a version with `vla-post train ptr`"
