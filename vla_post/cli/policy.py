@@ -79,9 +79,9 @@ class New:
     """
 
     kind: tyro.conf.Positional[str]
-    """Its networks: chunk_flow (vectors), chunk_flow_transformer (and cameras), smolvla_tiny, ..."""
+    """Its networks: chunk_flow (vectors), chunk_flow_transformer (and cameras), act_tiny, ..."""
     store: Path
-    """A store, or a folder of them, of the cell: its statistics scale what the policy sees and does,
+    """A store of the cell, or a folder of them; its statistics scale what the policy sees and does,
     for good."""
     out: Path
     """Checkpoint folder to write."""

@@ -28,7 +28,9 @@ def mistake(kind: str, store: Path, out: Path, capsys: pytest.CaptureFixture[str
     return said
 
 
-def test_a_new_policy_for_a_store_trains_from_scratch(tmp_path: Path, capsys):
+def test_a_new_policy_for_a_store_trains_from_scratch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     store, fresh = tmp_path / "store", tmp_path / "fresh"
     write_demonstrations(store, load_contract(CONTRACT), tasks=["reach"], episodes_per_task=2)
     new("chunk_flow", store, fresh)
@@ -53,14 +55,16 @@ def test_a_new_policy_for_a_store_trains_from_scratch(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("kind", "why"), [("gpt", "no policy kind 'gpt'"), ("smolvla_tiny", "smolvla_tiny: ")]
 )
-def test_what_cannot_be_made_is_one_line(kind: str, why: str, tmp_path: Path, capsys):
+def test_what_cannot_be_made_is_one_line(
+    kind: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     store = tmp_path / "store"
     write_demonstrations(store, load_contract(CONTRACT), tasks=["reach"], episodes_per_task=1)
     assert why in mistake(kind, store, tmp_path / "out", capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_store_has_nothing_to_measure(tmp_path: Path, capsys):
+def test_an_empty_store_has_nothing_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     StoreWriter(tmp_path / "store", load_contract(CONTRACT)).close()
     said = mistake("chunk_flow", tmp_path / "store", tmp_path / "out", capsys)
     assert "no finished episodes" in said
